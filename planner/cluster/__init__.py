@@ -1,0 +1,15 @@
+"""Hosts, devices and links: from YAML, from the machine itself, or the documented default."""
+
+from planner.cluster.measure import measure_cpu
+from planner.cluster.resolve import known_clusters, resolve_cluster
+from planner.cluster.types import Cluster, Device, Host, Link
+
+__all__ = [
+    "Cluster",
+    "Device",
+    "Host",
+    "Link",
+    "known_clusters",
+    "measure_cpu",
+    "resolve_cluster",
+]

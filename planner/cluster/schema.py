@@ -1,0 +1,199 @@
+"""The file form of devices, links and clusters, validated with pydantic.
+
+Knows keys, types and ranges, and how a described device or link becomes the type the solver
+reads. Does not know where a description comes from, nor what a name refers to.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from planner.cluster.types import Device, Link
+
+__all__ = [
+    "Bytes",
+    "ClusterFile",
+    "Count",
+    "DeviceProfile",
+    "DeviceSpec",
+    "Figure",
+    "Fraction",
+    "HostSpec",
+    "LinkFile",
+    "LinkSpec",
+    "Seconds",
+    "UsualHost",
+    "UsualNetwork",
+]
+
+
+class _Strict(BaseModel):
+    """Refuses unknown keys, strings for numbers, and infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Figure(_Strict):
+    """A number with its source; a bare number is accepted and has no source of its own."""
+
+    value: Annotated[float, Field(gt=0)]
+    source: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_number(cls, data: Any) -> Any:
+        is_number = isinstance(data, int | float) and not isinstance(data, bool)
+        return {"value": data} if is_number else data
+
+
+class Fraction(Figure):
+    """A part of a whole: more than 0, at most 1."""
+
+    value: Annotated[float, Field(gt=0, le=1)]
+
+
+class Seconds(Figure):
+    """A time, possibly zero."""
+
+    value: Annotated[float, Field(ge=0)]
+
+
+class Bytes(Figure):
+    """An amount of memory, possibly zero."""
+
+    value: Annotated[float, Field(ge=0)]
+
+
+class Count(Figure):
+    """A whole number, at least 1."""
+
+    value: Annotated[int, Field(ge=1)]
+
+
+_OVERHEAD = Seconds(value=5e-6, source="assumption: 200 000 operators a second in eager PyTorch")
+_COMPUTE = Fraction(value=0.8, source="assumption: 0.8 of the peak in large products")
+_MEMORY = Fraction(value=0.87, source="assumption: 0.87 of the memory bandwidth")
+_WHOLE = Fraction(value=1.0, source="taken at its word")
+
+
+class DeviceSpec(_Strict):
+    """One device. See `planner.cluster.types.Device` for the meaning of the figures."""
+
+    name: Annotated[str, Field(min_length=1)]
+    memory_bytes: Bytes
+    peak_flops: Annotated[dict[str, Figure], Field(min_length=1)]
+    memory_bandwidth: Figure
+    reserved_bytes: Bytes
+    kernel_overhead_seconds: Seconds = _OVERHEAD
+    compute_efficiency: Fraction = _COMPUTE
+    memory_efficiency: Fraction = _MEMORY
+
+    def to_device(self, where: str) -> Device:
+        """The device; `where` is the source of figures that name none."""
+        figures = {
+            "memory": self.memory_bytes,
+            **self.peak_flops,
+            "bandwidth": self.memory_bandwidth,
+            "overhead": self.kernel_overhead_seconds,
+            "compute efficiency": self.compute_efficiency,
+            "memory efficiency": self.memory_efficiency,
+            "reserved": self.reserved_bytes,
+        }
+        by_source: dict[str, list[str]] = {}
+        for key, figure in figures.items():
+            by_source.setdefault(figure.source or where, []).append(key)
+        sources = [f"{', '.join(keys)} from {source}" for source, keys in by_source.items()]
+        return Device(
+            name=self.name,
+            memory_bytes=int(self.memory_bytes.value),
+            peak_flops={dtype: float(flops.value) for dtype, flops in self.peak_flops.items()},
+            memory_bandwidth=self.memory_bandwidth.value,
+            kernel_overhead_seconds=self.kernel_overhead_seconds.value,
+            compute_efficiency=self.compute_efficiency.value,
+            memory_efficiency=self.memory_efficiency.value,
+            reserved_bytes=int(self.reserved_bytes.value),
+            provenance="; ".join(sources),
+        )
+
+
+class LinkSpec(_Strict):
+    """One link, each direction, per device (of a network: per adapter)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    bandwidth: Figure
+    """Bytes per second, nominal."""
+    latency_seconds: Seconds
+    efficiency: Fraction = _WHOLE
+    """Part of the nominal bandwidth that large transfers reach."""
+
+    def to_link(self, adapters_per_device: float = 1.0) -> Link:
+        """The link at the bandwidth that one device reaches."""
+        return Link(
+            name=self.name,
+            bandwidth=self.bandwidth.value * self.efficiency.value * adapters_per_device,
+            latency_seconds=self.latency_seconds.value,
+        )
+
+
+class LinkFile(_Strict):
+    """The packaged links."""
+
+    links: list[LinkSpec]
+
+
+class UsualHost(_Strict):
+    """The machine that a device usually comes in."""
+
+    num_devices: Count
+    link: str
+
+
+class UsualNetwork(_Strict):
+    """The network between such machines."""
+
+    link: str
+    adapters_per_device: Figure
+
+
+class DeviceProfile(_Strict):
+    """A packaged device: its figures and its usual surroundings."""
+
+    cuda_names: list[str]
+    """Names under which `torch.cuda.get_device_name` reports it."""
+    device: DeviceSpec
+    host: UsualHost
+    network: UsualNetwork
+
+
+def _kind(value: Any) -> str:
+    return "name" if isinstance(value, str) else "inline"
+
+
+NamedOrDevice = Annotated[
+    Annotated[str, Tag("name")] | Annotated[DeviceSpec, Tag("inline")], Discriminator(_kind)
+]
+NamedOrLink = Annotated[
+    Annotated[str, Tag("name")] | Annotated[LinkSpec, Tag("inline")], Discriminator(_kind)
+]
+
+
+class HostSpec(_Strict):
+    """One machine of a user's cluster."""
+
+    device: NamedOrDevice
+    """Name of a packaged device, `cpu` (measured on this machine), or an inline device."""
+    count: Annotated[int, Field(ge=1)]
+    link: NamedOrLink | None = None
+    """Between its devices; by default the usual one of a named device."""
+
+
+class ClusterFile(_Strict):
+    """A user's cluster file."""
+
+    hosts: Annotated[list[HostSpec], Field(min_length=1)]
+    name: str | None = None
+    """By default the file's name without its ending."""
+    network: NamedOrLink | None = None
+    """Between hosts; by default the usual one of the first host's named device."""
+    backend: Annotated[str, Field(pattern="^(nccl|gloo)$")] | None = None
+    """torch.distributed's backend; by default `gloo` where a device is `cpu`, else `nccl`."""

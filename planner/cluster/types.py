@@ -1,0 +1,87 @@
+"""Devices, links and hosts, as the solver and the simulator read them."""
+
+from dataclasses import dataclass
+
+__all__ = ["Cluster", "Device", "Host", "Link"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator, or one process's share of a CPU."""
+
+    name: str
+    memory_bytes: int
+    peak_flops: dict[str, float]
+    """Dense flop/s by dtype (`float32`, `bfloat16`, ...), without sparsity."""
+    memory_bandwidth: float
+    """Bytes per second."""
+    kernel_overhead_seconds: float
+    """Least time from one kernel's start to the next one's."""
+    compute_efficiency: float
+    """Part of peak_flops that large matrix products reach."""
+    memory_efficiency: float
+    """Part of memory_bandwidth that large element-wise kernels reach."""
+    reserved_bytes: int
+    """Taken by the driver, the context and communication libraries before any tensor."""
+    provenance: str
+    """Sources of the figures: one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A connection of one device to others."""
+
+    name: str
+    bandwidth: float
+    """Bytes per second, each direction, per device."""
+    latency_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A machine with equal devices."""
+
+    device: Device
+    num_devices: int
+    link: Link
+    """Between devices of this host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Hosts and the network between them. World ranks fill the hosts in order."""
+
+    name: str
+    hosts: tuple[Host, ...]
+    network: Link
+    """Between hosts: bandwidth is each device's own share of its host's adapters."""
+    backend: str
+    """torch.distributed's backend: `nccl` or `gloo`."""
+    provenance: str
+    """Where the description comes from: named by the user, found on this machine, default."""
+
+    @property
+    def num_devices(self) -> int:
+        return sum(host.num_devices for host in self.hosts)
+
+    def host_index(self, rank: int) -> int:
+        """Index of the host that world rank `rank` lives on."""
+        for index, host in enumerate(self.hosts):
+            if rank < host.num_devices:
+                return index
+            rank -= host.num_devices
+        raise IndexError(f"world rank beyond the cluster's {self.num_devices} devices")
+
+    def device(self, rank: int) -> Device:
+        """The device of world rank `rank`."""
+        return self.hosts[self.host_index(rank)].device
+
+    def link(self, rank: int, other: int) -> Link:
+        """The link that connects two world ranks."""
+        host = self.host_index(rank)
+        return self.hosts[host].link if host == self.host_index(other) else self.network
+
+    def slowest_link(self, ranks: tuple[int, ...]) -> Link:
+        """The link that bounds a collective among `ranks` (at least one rank)."""
+        hosts = {self.host_index(rank) for rank in ranks}
+        return self.network if len(hosts) > 1 else self.hosts[hosts.pop()].link

@@ -1,0 +1,30 @@
+"""Which operators draw random numbers.
+
+The tracer counts them and the runtime reseeds before each of them, so both must agree on every
+single one: this predicate is the only definition. It looks at an operator as a `TorchDispatchMode`
+sees it. It does not know layers, plans or keys.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["is_random_operator"]
+
+
+def is_random_operator(
+    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether this call draws from the random generator.
+
+    Operators carry torch's tag `nondeterministic_seeded`; attention operators carry it too, but
+    draw only where their `dropout_p` is above zero.
+    """
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[position] if position < len(args) else kwargs.get("dropout_p")
+            return bool(argument.default_value if given is None else given)
+    return True

@@ -1,0 +1,164 @@
+"""The plan file: YAML sections, each with a checksum, and one text program per pipeline rank.
+
+A truncated, corrupted or edited file is refused, and the section is named. Reading never runs
+anything: values are validated against the plan's types, and code goes through `planner.plan.code`.
+This module knows the file's form. It does not know whether the plan keeps the rules: that is
+`planner.check`.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from planner.errors import PlanFileError
+from planner.plan.sections import (
+    HINT,
+    Row,
+    Section,
+    load_sections,
+    print_sections,
+    verified_sections,
+)
+from planner.plan.text import parse_code, parse_program, print_code, print_program
+from planner.plan.types import FORMAT_VERSION, Plan
+from planner.plan.validate import validate_references
+
+__all__ = ["MAX_PLAN_BYTES", "parse_plan", "print_plan", "read_plan", "write_plan"]
+
+MAX_PLAN_BYTES = 64_000_000
+# In a tuple, because pydantic takes the configuration of a bare dataclass from that class alone.
+_PLAN: TypeAdapter[tuple[Plan]] = TypeAdapter(
+    tuple[Plan], config=ConfigDict(extra="forbid", strict=True)
+)
+_ROW_SECTIONS = ("batch", "tensors", "parameters", "units")
+
+
+def print_plan(plan: Plan) -> str:
+    """The plan as text; `parse_plan(print_plan(plan)) == plan`."""
+    sections = _plain(asdict(replace(plan, stages=(), programs=())))
+    for name in _ROW_SECTIONS:
+        sections[name] = [Row(row) for row in sections[name]]
+    sections["stages"] = [
+        Section(_plain(asdict(replace(stage, code=()))) | {"code": print_code(stage.code)})
+        for stage in plan.stages
+    ]
+    sections["programs"] = [print_program(program) for program in plan.programs]
+    return print_sections(FORMAT_VERSION, sections)
+
+
+def parse_plan(text: str, *, source: str = "plan") -> Plan:
+    """Read a plan back; `source` names it in messages.
+
+    Raises:
+        PlanFileError: the text is no plan, of another format version, changed since it was
+            written, or inconsistent in itself.
+    """
+    texts = verified_sections(text, FORMAT_VERSION, source)
+    sections = load_sections("".join(texts.values()), source)
+    stages = _list_of(sections.get("stages"), dict, "stages", source)
+    codes = [stage.pop("code", None) for stage in stages]
+    lines = _list_of(sections.get("programs"), str, "programs", source)
+    try:
+        # Through JSON, where pydantic's strict mode takes lists for tuples.
+        (plan,) = _PLAN.validate_json(
+            json.dumps([sections | {"programs": [], "stages": [s | {"code": []} for s in stages]}])
+        )
+    except (ValidationError, ValueError, TypeError) as error:
+        raise PlanFileError(f"{source} does not validate: {_reason(error)}", hint=HINT) from None
+    plan = replace(
+        plan,
+        stages=tuple(
+            replace(stage, code=parse_code(code))
+            for stage, code in zip(
+                plan.stages, _list_of(codes, str, "code of the stages", source), strict=True
+            )
+        ),
+        programs=tuple(parse_program(program) for program in lines),
+    )
+    validate_references(plan, source=source)
+    return plan
+
+
+def write_plan(plan: Plan, path: str | Path) -> None:
+    """Write the plan file, whole or not at all.
+
+    Raises:
+        PlanFileError: the plan is too large, or the file cannot be written.
+    """
+    path = Path(path)
+    content = print_plan(plan).encode()
+    if len(content) > MAX_PLAN_BYTES:
+        raise PlanFileError(
+            f"the plan takes {len(content)} bytes, more than the {MAX_PLAN_BYTES} a file may have",
+            hint="use fewer micro-batches, pipeline ranks or stages",
+        )
+    try:
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+    except OSError as error:
+        raise PlanFileError(
+            f"cannot write {path}: {error.strerror}", hint="give another path with --output"
+        ) from None
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanFileError: it is missing, too large, not text, or refused by `parse_plan`.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_PLAN_BYTES:
+            raise PlanFileError(
+                f"{path} has {size} bytes; a plan has at most {MAX_PLAN_BYTES}",
+                hint="give the .plan.yaml file that lga-plan wrote",
+            )
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanFileError(
+            f"cannot read {path}: {error.strerror}", hint="make a plan with lga-plan MODEL --gpus N"
+        ) from None
+    except UnicodeDecodeError:
+        raise PlanFileError(
+            f"{path} is not text", hint="give the .plan.yaml file that lga-plan wrote"
+        ) from None
+    return parse_plan(text, source=str(path))
+
+
+def _list_of(value: Any, kind: type, name: str, source: str) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise PlanFileError(
+            f"{source} does not validate: {name} is not a list of {kind.__name__}", hint=HINT
+        )
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"][1:]) or "plan"
+        return f"{place}: {first['msg']} (found {str(first['input'])[:60]!r})"
+    return str(error)[:200]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what YAML gives back, and a line for each key."""
+    if isinstance(value, dict):
+        return Section((key, _plain(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,177 @@
+"""Plans, solutions and verdicts as tables for the terminal.
+
+This module knows rich's tables and what is worth a column. It does not print, and it computes
+nothing that the plan or its simulation does not hold.
+"""
+
+from collections import Counter
+
+from rich.table import Table
+
+from planner.check import Report
+from planner.plan.types import Opcode, Plan
+from planner.report.quantities import bytes_text, count_text, seconds_text
+from planner.simulate import Simulation
+from planner.solve.types import Candidate, Solution
+
+__all__ = [
+    "candidate_table",
+    "memory_table",
+    "placement_table",
+    "plan_lines",
+    "program_counts",
+    "rules_table",
+    "solution_lines",
+]  # fmt: skip
+
+_MAX_CANDIDATES = 6
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Model, cluster, mesh and batch, a line each."""
+    elements = sum(parameter.num_elements for parameter in plan.parameters)
+    return [
+        f"model     {plan.model_name}: {len(plan.layer_names)} layers, "
+        f"{count_text(elements)} parameters",
+        f"cluster   {plan.cluster.name}: {plan.cluster.provenance}",
+        f"mesh      {plan.num_replicas} replicas x {plan.num_pipeline_ranks} pipeline ranks, "
+        f"{plan.num_stages} stages; {_state_words(plan)}",
+        f"batch     {plan.global_batch_size} samples = {plan.num_replicas} replicas x "
+        f"{plan.num_micro_batches} micro-batches x {plan.micro_batch_size} samples",
+    ]
+
+
+def placement_table(plan: Plan) -> Table:
+    """A row per stage: where it runs, what it holds, what one micro-batch costs."""
+    table = _table("placement", ["stage", "rank", "layers", "recompute"])
+    _add_numbers(table, ["forward", "backward", "weights", "saved"])
+    sizes = {p.name: p.num_bytes for p in plan.parameters}
+    units = {unit.name: sum(sizes[name] for name in unit.parameters) for unit in plan.units}
+    for stage in plan.stages:
+        first, last = stage.layers[0], stage.layers[-1]
+        layers = first if first == last else f"{first} .. {last} ({len(stage.layers)})"
+        table.add_row(
+            str(stage.index),
+            str(stage.rank),
+            layers,
+            "yes" if stage.recompute else "no",
+            seconds_text(stage.forward_seconds),
+            seconds_text(stage.backward_seconds),
+            bytes_text(sum(units[name] for name in stage.units)),
+            bytes_text(stage.saved_bytes),
+        )
+    return table
+
+
+def memory_table(plan: Plan, simulation: Simulation) -> Table:
+    """A row per pipeline rank: its worst moment by class, against the limit."""
+    limit = plan.prediction.memory_limit_bytes if plan.prediction else None
+    table = _table("memory per device at its worst moment", ["rank"])
+    names = (
+        "weights", "gradients", "optimizer", "stored_inputs", "activations", "buffers", "transient"
+    )  # fmt: skip
+    heads = ["weights", "gradients", "optimizer", "inputs", "saved", "buffers", "work"]
+    _add_numbers(table, [*heads, "total", "limit"])
+    for rank, moment in enumerate(simulation.memory):
+        share = "-" if not limit else f"{moment.total_bytes / limit:.1%}"
+        parts = [bytes_text(getattr(moment, name)) for name in names]
+        table.add_row(str(rank), *parts, bytes_text(moment.total_bytes), share)
+    return table
+
+
+def program_counts(plan: Plan) -> Table:
+    """A row per pipeline rank: how many instructions of each kind."""
+    used = {i.opcode for program in plan.programs for i in program}
+    opcodes = [opcode for opcode in Opcode if opcode in used]
+    table = _table("instructions per step", ["rank"])
+    _add_numbers(table, [opcode.value for opcode in opcodes])
+    for rank, program in enumerate(plan.programs):
+        counts = Counter(instruction.opcode for instruction in program)
+        table.add_row(str(rank), *(str(counts[opcode]) for opcode in opcodes))
+    return table
+
+
+def solution_lines(solution: Solution) -> list[str]:
+    """The solver's certificate, and what simpler splits would cost."""
+    lines = [
+        f"solver    objective {seconds_text(solution.objective_seconds)}, bound "
+        f"{seconds_text(solution.bound_seconds)}, gap {solution.gap:.2%}, "
+        f"{seconds_text(solution.solve_seconds)} to solve",
+    ]
+    for name, seconds in (
+        ("uniform", solution.uniform_seconds), ("greedy", solution.greedy_seconds)
+    ):  # fmt: skip
+        if seconds is None:
+            words = "does not fit in memory"
+        else:
+            words = f"{seconds_text(seconds)}, {seconds / solution.step_seconds - 1:+.1%}"
+        lines.append(f"{name:<9} split of the same mesh: {words}")
+    return lines
+
+
+def candidate_table(solution: Solution) -> Table:
+    """The rejected choices that came nearest, and why each was rejected."""
+    rejected = [candidate for candidate in solution.candidates if candidate.verdict != "best"]
+    rejected.sort(key=_promise)
+    table = _table(
+        f"rejected: {len(rejected)} choices, the nearest first",
+        ["mesh x loops", "batch", "partition", "recompute", "bound", "simulated", "why"],
+    )
+    for candidate in rejected[:_MAX_CANDIDATES]:
+        step = candidate.step_seconds
+        table.add_row(
+            f"{candidate.num_replicas} x {candidate.num_pipeline_ranks} x "
+            f"{candidate.stages_per_rank}",
+            f"{candidate.num_micro_batches} x {candidate.micro_batch_size}",
+            str(candidate.partition),
+            "yes" if candidate.recompute else "no",
+            seconds_text(candidate.bound_seconds),
+            "-" if step is None else seconds_text(step),
+            _REASONS.get(candidate.verdict, candidate.verdict),
+        )
+    return table
+
+
+def rules_table(report: Report) -> Table:
+    """A row per rule."""
+    table = _table("rules", ["", "what is proved", "verdict"])
+    for verdict in report.verdicts:
+        words = "[green]holds[/]" if verdict.passed else "[red]BROKEN[/]"
+        table.add_row(
+            str(verdict.number),
+            verdict.title,
+            words + (f" ({verdict.note})" if verdict.note else ""),
+        )
+    return table
+
+
+_REASONS = {
+    "simulated": "slower",
+    "bounded": "bound is slower",
+    "estimated": "estimate is slower",
+}
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)
+    )
+    for name in columns:
+        table.add_column(name)
+    return table
+
+
+def _add_numbers(table: Table, columns: list[str]) -> None:
+    for name in columns:
+        table.add_column(name, justify="right")
+
+
+def _promise(candidate: Candidate) -> tuple[bool, float]:
+    infeasible = candidate.verdict.startswith("infeasible")
+    return infeasible, candidate.step_seconds or candidate.bound_seconds
+
+
+def _state_words(plan: Plan) -> str:
+    if plan.num_replicas == 1:
+        return "one replica holds the state"
+    return "state partitioned over replicas" if plan.partition else "state on every replica"

@@ -1,0 +1,59 @@
+"""What the solver is asked, and what a simulation tells it.
+
+This module knows the question. It does not know how it is answered.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from planner.cluster.types import Cluster
+from planner.graph import LayerGraph
+from planner.profile import Profile
+
+__all__ = ["Constraints", "Problem", "Simulated"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraints:
+    """Choices that the user has made; None leaves the choice to the solver."""
+
+    num_replicas: int | None = None
+    num_pipeline_ranks: int | None = None
+    stages_per_rank: int | None = None
+    micro_batch_size: int | None = None
+    num_micro_batches: int | None = None
+    """Per replica and step."""
+    partition: int | None = None
+    """0 or 3."""
+    recompute: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A model, a cluster, a batch, and what is already decided."""
+
+    graph_at: Callable[[int], LayerGraph]
+    """By micro-batch size. The layers are the same at every size. The caller caches."""
+    profile_at: Callable[[int], Profile]
+    """By micro-batch size. The caller caches."""
+    cluster: Cluster
+    num_devices: int
+    global_batch_size: int
+    """Samples per optimizer step, over all replicas."""
+    constraints: Constraints = field(default_factory=Constraints)
+    optimizer_slots: int = 2
+    """Tensors per parameter that the optimizer keeps (AdamW: 2)."""
+    memory_limit_bytes: int | None = None
+    """Per device; None: the device's memory less what is reserved."""
+    time_limit_seconds: float = 20.0
+    """For the whole search, simulations included."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """What the simulator says of one placement."""
+
+    step_seconds: float
+    peak_bytes: tuple[int, ...]
+    """Per pipeline rank."""

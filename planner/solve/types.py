@@ -1,0 +1,87 @@
+"""The solver's answer: where every layer runs, and in how many micro-batches."""
+
+from dataclasses import dataclass
+
+__all__ = ["Candidate", "Placement", "Solution"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Everything that the schedule and the lowering need to know."""
+
+    num_replicas: int
+    num_pipeline_ranks: int
+    boundaries: tuple[int, ...]
+    """Stage s holds layers boundaries[s] .. boundaries[s + 1] - 1; length num_stages + 1."""
+    stage_ranks: tuple[int, ...]
+    """Pipeline rank of each stage: s mod num_pipeline_ranks."""
+    micro_batch_size: int
+    num_micro_batches: int
+    """Per replica and step."""
+    partition: int
+    """0: every replica holds the whole state; 3: weights, gradients and optimizer are sharded."""
+    recompute: tuple[bool, ...]
+    """Per stage: keep only its inputs, and run forward again before backward."""
+    num_weight_buffers: int = 2
+    """Gather buffers shared by a rank's stages (partition 3)."""
+    num_gradient_buffers: int = 2
+    """Gradient buffers shared by a rank's stages."""
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stage_ranks)
+
+    @property
+    def world_size(self) -> int:
+        return self.num_replicas * self.num_pipeline_ranks
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.num_replicas * self.num_micro_batches * self.micro_batch_size
+
+    def world_rank(self, pipeline_rank: int, replica: int) -> int:
+        """Replicas innermost: the data-parallel traffic, the heavier, stays inside hosts."""
+        return pipeline_rank * self.num_replicas + replica
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One setting of the discrete choices, and what became of it."""
+
+    num_replicas: int
+    num_pipeline_ranks: int
+    stages_per_rank: int
+    micro_batch_size: int
+    num_micro_batches: int
+    partition: int
+    recompute: bool
+    verdict: str
+    """`best`, `simulated`, `estimated` (its best split is known and slower), `bounded` (its lower
+    bound exceeds the best), `skipped: why`, `infeasible: why`."""
+    bound_seconds: float
+    step_seconds: float | None = None
+    """Simulated; None where pruned or infeasible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A placement and its certificate."""
+
+    placement: Placement
+    step_seconds: float
+    """Simulated step time of the placement."""
+    objective_seconds: float
+    """The solver's objective for it (the step-time model that CP-SAT minimises)."""
+    bound_seconds: float
+    """No candidate's objective can be below this."""
+    solve_seconds: float
+    uniform_seconds: float | None
+    """Simulated step time of the equal-count split of the same mesh; None if it does not fit."""
+    greedy_seconds: float | None
+    """The same for the greedy split (fill each stage to the mean)."""
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective, 0 where proved optimal."""
+        return max(0.0, 1.0 - self.bound_seconds / self.objective_seconds)

@@ -1,0 +1,229 @@
+"""Run recorded statements once on fake tensors, with autograd, and note what each of them does.
+
+The facts come from execution, not from rules about operators: sizes, which values require a
+gradient and really get one, what is changed in place, which random operators run. This module
+does not know layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from planner.errors import TraceError
+from planner.graph import TensorSpec
+from planner.operators import is_random_operator
+from planner.plan.code import Statement, references
+from planner.trace.interpret import Context, execute
+from planner.trace.watched_batch import WatchedBatch
+
+__all__ = ["Analysis", "Facts", "analyse", "describe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What one statement does."""
+
+    spec: TensorSpec | None
+    """Of its value; None where that is not a tensor."""
+    storages: frozenset[int]
+    """Of the tensors in its value."""
+    changed_storages: frozenset[int]
+    """That it changes in place."""
+    changes_buffers: bool
+    """Whether the called module changes its own buffers (running statistics)."""
+    num_random_operators: int
+    operators: tuple[str, ...]
+    """For calls of user code: the operators inside, wired by number, for the signature."""
+    unread: tuple[str, ...]
+    """For calls of layers: references to tensors whose values the call never looks at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """Facts of every statement, and of the whole step."""
+
+    facts: tuple[Facts, ...]
+    trained: frozenset[int]
+    """id() of the parameters that a gradient reaches."""
+    loss_keys: tuple[str, ...]
+
+
+class _Observer(TorchDispatchMode):
+    """Counts random operators, and writes operators down where asked."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_random_operators = 0
+        self.lines: list[str] | None = None
+        self.seen: dict[int, int] = {}
+        self.alive: list[torch.Tensor] = []
+        self.storages: set[int] = set()
+
+    def start(self, *, write: bool) -> None:
+        self.num_random_operators = 0
+        self.lines = [] if write else None
+        self.seen.clear()
+        self.alive.clear()
+        self.storages.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.num_random_operators += is_random_operator(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if self.lines is not None:
+            words = (self._word(args), self._word(tuple(kwargs.items())), self._word(result))
+            self.lines.append(f"{func} {words}")
+        return result
+
+    def _word(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            number = self.seen.get(id(value))
+            if number is None:
+                number = self.seen[id(value)] = len(self.seen)
+                self.alive.append(value)  # keeps its id() from being used again
+                self.storages.add(value.untyped_storage()._cdata)
+                return f"#{number}:{describe(value)}"
+            return f"#{number}"
+        if isinstance(value, (tuple, list)):
+            return "[" + ",".join(map(self._word, value)) + "]"
+        return repr(value)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """What matters of a tensor for a signature."""
+    sizes = f"{tuple(tensor.shape)}{tensor.stride()}"
+    return f"{tensor.dtype}{sizes}{'g' if tensor.requires_grad else ''}"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    value: Any
+    grad_fn: Any
+    changed: frozenset[int]
+    changes_buffers: bool
+    num_random_operators: int
+    operators: tuple[str, ...]
+    unread: tuple[str, ...]
+
+
+def analyse(statements: Sequence[Statement], context: Context) -> Analysis:
+    """Run the statements under the current FakeTensorMode.
+
+    Raises:
+        TraceError: the loss is not a scalar tensor, or no trainable parameter reaches it.
+    """
+    watched = WatchedBatch(context.batch)
+    loss_context = Context(
+        model=context.model, batch=watched, loss_fn=context.loss_fn, device=context.device
+    )
+    values: dict[str, Any] = {}
+    drafts: list[_Draft] = []
+    with _Observer() as observer:
+        for statement in statements:
+            used = loss_context if statement.function == "loss" else context
+            drafts.append(_run(statement, values, used, observer))
+            values[statement.target] = drafts[-1].value
+    loss = values["loss"]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TraceError(
+            f"the loss is {shape}, not one number", hint="take its mean over the batch's samples"
+        )
+    if not loss.requires_grad:
+        raise TraceError(
+            "no trainable parameter has an effect on the loss",
+            hint="check requires_grad, detach() and no_grad in the model",
+        )
+    nodes, trained = _reached(loss)
+    facts = tuple(
+        _facts(statement, draft, nodes) for statement, draft in zip(statements, drafts, strict=True)
+    )
+    loss_keys = tuple(key for key in context.batch if key in watched.read)
+    return Analysis(facts=facts, trained=trained, loss_keys=loss_keys)
+
+
+def _run(
+    statement: Statement, values: Mapping[str, Any], context: Context, observer: _Observer
+) -> _Draft:
+    names = list(dict.fromkeys(references(statement)))
+    tensors = [
+        leaf
+        for name in names
+        for leaf in pytree.tree_leaves(values[name])
+        if isinstance(leaf, torch.Tensor)
+    ]
+    versions = [tensor._version for tensor in tensors]
+    buffers: list[torch.Tensor] = []
+    if statement.function == "layer":
+        buffers = list(context.model.get_submodule(statement.path).buffers())
+    buffer_versions = [buffer._version for buffer in buffers]
+    observer.start(write=statement.function in ("layer", "loss"))
+    value = execute(statement, values, context)
+    unread: list[str] = []
+    if statement.function == "layer":
+        touched = observer.storages | _storages(value)
+        unread = [n for n in names if (own := _storages(values[n])) and not own & touched]
+    return _Draft(
+        value=value,
+        grad_fn=value.grad_fn if isinstance(value, torch.Tensor) else None,
+        changed=frozenset(
+            tensor.untyped_storage()._cdata
+            for tensor, version in zip(tensors, versions, strict=True)
+            if tensor._version != version
+        ),
+        changes_buffers=any(
+            buffer._version != version
+            for buffer, version in zip(buffers, buffer_versions, strict=True)
+        ),
+        num_random_operators=observer.num_random_operators,
+        operators=tuple(observer.lines or ()),
+        unread=tuple(unread),
+    )
+
+
+def _storages(value: Any) -> frozenset[int]:
+    leaves = pytree.tree_leaves(value)
+    return frozenset(x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor))
+
+
+def _reached(loss: torch.Tensor) -> tuple[set[Any], frozenset[int]]:
+    """Autograd nodes below the loss, and the parameters at their ends."""
+    nodes: set[Any] = set()
+    trained: set[int] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter):
+            trained.add(id(variable))
+        waiting.extend(following for following, _ in node.next_functions)
+    return nodes, frozenset(trained)
+
+
+def _facts(statement: Statement, draft: _Draft, nodes: set[Any]) -> Facts:
+    value, spec = draft.value, None
+    if isinstance(value, torch.Tensor):
+        spec = TensorSpec(
+            name=statement.target,
+            shape=tuple(value.shape),
+            stride=value.stride(),
+            dtype=str(value.dtype).removeprefix("torch."),
+            requires_grad=draft.grad_fn is not None and draft.grad_fn in nodes,
+        )
+    return Facts(
+        spec=spec,
+        storages=_storages(value),
+        changed_storages=draft.changed,
+        changes_buffers=draft.changes_buffers,
+        num_random_operators=draft.num_random_operators,
+        operators=draft.operators,
+        unread=draft.unread,
+    )

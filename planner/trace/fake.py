@@ -1,0 +1,135 @@
+"""Fake copies: a model and a batch with shapes but no storage, on the CPU device.
+
+Fake tensors on "cpu" rather than "meta": factory calls then record a real device, and attention
+takes the kernel that a real run takes. Nothing of a model's size is allocated.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from planner.errors import ModelFileError, TraceError
+from planner.model_file import ModelFile
+
+__all__ = ["build_on_meta", "fake_batch", "fake_copy", "fake_like", "fake_run"]
+
+
+class _FakeKernels(TorchDispatchMode):
+    """Fake kernels for operators whose own reject what their real CPU kernels accept."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            # torch's fake kernel takes bfloat16 alone; the CPU kernel takes any float.
+            halves = [matrix.to(torch.bfloat16) for matrix in args[:2]]
+            sizes = func(*halves, *args[2:], **kwargs).size()
+            return args[0].new_empty(sizes)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def fake_run(mode: FakeTensorMode) -> Iterator[None]:
+    """Run on fake tensors; torch's own log of a failing fake kernel is kept quiet."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        with mode, _FakeKernels():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def build_on_meta(build_model: Callable[[], nn.Module], name: str) -> nn.Module:
+    """Build the model without allocating it.
+
+    Raises:
+        ModelFileError: `build_model` fails, or returns something other than a module.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model()
+    except Exception as error:
+        raise ModelFileError(
+            f"build_model of {name} raised {type(error).__name__}: {error}",
+            hint="it is called under torch.device('meta'), where tensors have no values: give "
+            "tensors whose values it reads device='cpu'",
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise ModelFileError(
+            f"build_model of {name} returned {type(model).__name__}, not a torch.nn.Module",
+            hint="return the model itself",
+        )
+    return model
+
+
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same sizes, strides and dtype; call under a FakeTensorMode."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of the model on fake tensors, in train mode, ties kept; the model is not touched."""
+    memo: dict[int, object] = {}
+    with mode:
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in memo:
+                    memo[id(parameter)] = nn.Parameter(
+                        fake_like(parameter), requires_grad=parameter.requires_grad
+                    )
+            others = [*module._buffers.values(), *vars(module).values()]
+            for value in others:
+                if isinstance(value, torch.Tensor) and id(value) not in memo:
+                    memo[id(value)] = fake_like(value)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"the model cannot be copied: {type(error).__name__}: {error}",
+            hint="keep objects that copy.deepcopy cannot copy out of the modules",
+        ) from None
+    return copied.train()
+
+
+def fake_batch(
+    model_file: ModelFile, batch_size: int, mode: FakeTensorMode
+) -> dict[str, torch.Tensor]:
+    """The example batch on fake tensors.
+
+    Raises:
+        ModelFileError: `example_batch` fails, or a key is no tensor with `batch_size` rows.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            batch = model_file.example_batch(batch_size)
+    except Exception as error:
+        raise ModelFileError(
+            f"example_batch({batch_size}) raised {type(error).__name__}: {error}",
+            hint="it returns a dict of tensors with batch_size rows each",
+        ) from None
+    if not isinstance(batch, Mapping) or not batch:
+        raise ModelFileError(
+            f"example_batch({batch_size}) returned {type(batch).__name__}, not a filled dict",
+            hint="return a dict from the model's keyword arguments to tensors",
+        )
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
+            raise ModelFileError(
+                f"example_batch: key {key!r} holds {type(value).__name__}, not a tensor",
+                hint="turn it into a tensor, or make it a part of the model",
+            )
+        if value.dim() == 0 or value.size(0) != batch_size:
+            raise ModelFileError(
+                f"example_batch({batch_size}): key {key!r} has shape {tuple(value.shape)}; its "
+                f"first dimension must be the batch size {batch_size}",
+                hint="every tensor of the batch has the batch dimension first",
+            )
+    with mode:
+        return {key: fake_like(value) for key, value in batch.items()}

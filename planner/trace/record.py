@@ -1,0 +1,204 @@
+"""Record one forward: torch operators between the leaves, one node for every call of a leaf.
+
+`make_fx` before autograd gives the glue as the operators that eager code calls; leaves run as they
+are, unrecorded, on fake tensors. This module knows torch.fx. It does not know statements or layers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from torch.fx.experimental import proxy_tensor
+
+from planner.errors import TraceError
+
+__all__ = ["Recording", "leaf_call", "record"]
+
+_NOT_THE_USERS = ("<", str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_WAY_OUT = (
+    "list the modules that run in sequence: `layers = [...]` in the model file, of nn.Modules or "
+    "of module paths"
+)
+_NO_VALUES = (
+    "a forward that reads tensor values (.item(), `if tensor:`, boolean indexing) cannot be "
+    "planned; use torch.where, or compute the value when the batch is made"
+)
+
+
+@fx.has_side_effect
+def leaf_call(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Stands in the graph for `model.get_submodule(path)(*args, **kwargs)`; never called."""
+    raise AssertionError(path, args, kwargs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """One recorded forward."""
+
+    graph: fx.Graph
+    constants: fx.GraphModule
+    """Holds what the graph's `get_attr` nodes read."""
+    output: Any
+    """What the model returned, with the graph's nodes in place of its tensors."""
+
+
+def record(
+    model: nn.Module,
+    call: Callable[[dict[str, torch.Tensor]], Any],
+    batch: Mapping[str, torch.Tensor],
+    leaves: tuple[str, ...],
+) -> Recording:
+    """Record `call(batch)`, which runs `model`, under the current FakeTensorMode.
+
+    Raises:
+        TraceError: the glue cannot be recorded: it reads a tensor's value, or hands a leaf an
+            object that a plan cannot hold.
+    """
+    keys = list(batch)
+    specs: list[pytree.TreeSpec] = []
+    running: list[str] = []
+
+    def forward(*tensors: torch.Tensor) -> list[Any]:
+        # Inside the traced function: fx replaces Module.__call__ too, around it.
+        with _leaves_recorded(model, leaves, running):
+            output = call(dict(zip(keys, tensors, strict=True)))
+        flat, spec = pytree.tree_flatten(output)
+        specs.append(spec)
+        return flat
+
+    try:
+        traced = proxy_tensor.make_fx(forward, pre_dispatch=True)(*batch.values())
+    except TraceError:
+        raise
+    except Exception as error:
+        raise _trace_error(error, running) from None
+    output_node = traced.graph.output_node()
+    flat_output = list(output_node.args[0])  # type: ignore[arg-type]
+    return Recording(
+        graph=traced.graph,
+        constants=traced,
+        output=pytree.tree_unflatten(flat_output, specs[-1]),
+    )
+
+
+@contextmanager
+def _leaves_recorded(
+    model: nn.Module, leaves: tuple[str, ...], running: list[str]
+) -> Iterator[None]:
+    """Make every call of a leaf one node of the graph, the outermost leaf only."""
+    paths: dict[int, str] = {}
+    for path in leaves:
+        paths.setdefault(id(model.get_submodule(path)), path)
+    plain_call = nn.Module.__call__
+
+    def recorded_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        path = paths.get(id(module))
+        mode = proxy_tensor.get_innermost_proxy_mode()
+        if path is None or mode is None:
+            return plain_call(module, *args, **kwargs)
+        running.append(path)
+        result = _record_leaf(path, mode.tracer, module, plain_call, args, kwargs)
+        running.pop()
+        return result
+
+    nn.Module.__call__ = recorded_call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = plain_call  # type: ignore[method-assign]
+
+
+def _record_leaf(
+    path: str,
+    tracer: Any,
+    module: nn.Module,
+    plain_call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    node_args, node_kwargs = pytree.tree_map(
+        lambda value: _proxy_of(value, tracer, path), (args, kwargs)
+    )
+    proxy = tracer.create_proxy("call_function", leaf_call, (path, node_args, node_kwargs), {})
+    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if _is_tensor(value)]
+    versions = [tensor._version for tensor in tensors]
+    with proxy_tensor.disable_proxy_modes_tracing():
+        result = plain_call(module, *args, **kwargs)
+    proxy.node.meta["mutated"] = [
+        tensor
+        for tensor, version in zip(tensors, versions, strict=True)
+        if tensor._version != version
+    ]
+    _track(result, proxy, tracer)
+    return result
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _proxy_of(value: Any, tracer: Any, path: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        slot = proxy_tensor.get_proxy_slot(value, tracer, value)
+        return slot.proxy if hasattr(slot, "proxy") else slot
+    if value is None or isinstance(
+        value, (bool, int, float, str, slice, torch.dtype, torch.device, torch.layout,
+                torch.memory_format)
+    ):  # fmt: skip
+        return value
+    name = type(value).__name__
+    hint = _WAY_OUT
+    if "Cache" in name:
+        hint = "switch the cache off for training: model.config.use_cache = False in build_model"
+    raise TraceError(
+        f"module {path!r} is called with an object of type {name}, which a plan cannot hold",
+        hint=hint,
+    )
+
+
+def _track(value: Any, proxy: Any, tracer: Any) -> None:
+    """Give every tensor of a leaf's result its own node below the call's."""
+    match value:
+        case torch.Tensor():
+            proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+        case tuple() | list():
+            for index, item in enumerate(value):
+                if item is not None:
+                    _track(item, proxy[index], tracer)
+        case Mapping():
+            for key, item in value.items():
+                if item is not None:
+                    _track(item, proxy[key], tracer)
+        case None | bool() | int() | float() | str():
+            pass
+        case _:
+            for name, item in getattr(value, "__dict__", {}).items():
+                if isinstance(item, (torch.Tensor, tuple, list, dict)):
+                    _track(item, getattr(proxy, name), tracer)
+
+
+def _trace_error(error: Exception, running: list[str]) -> TraceError:
+    where = f"in module {running[-1]!r}" if running else "between its layers"
+    frame = error.__traceback__
+    line = ""
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if not code.co_filename.startswith(_NOT_THE_USERS):
+            line = f"\n  {code.co_filename}, line {frame.tb_lineno}, in {code.co_name}"
+        frame = frame.tb_next
+    text = str(error).strip().splitlines()
+    reason = text[0] if text else ""
+    reads_values = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+    return TraceError(
+        f"the model cannot be traced: {where}, {type(error).__name__}: {reason}{line}",
+        hint=_NO_VALUES if reads_values else _WAY_OUT,
+    )

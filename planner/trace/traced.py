@@ -1,0 +1,155 @@
+"""The traced model: records at any micro-batch size, and keeps what it has made.
+
+It ties the parts of this folder together and knows none of their insides.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from planner.errors import LgaError, ModelFileError, TraceError
+from planner.graph import LayerGraph
+from planner.model_file import ModelFile, fingerprint, forward_keys
+from planner.trace.analyse import analyse
+from planner.trace.fake import build_on_meta, fake_batch, fake_copy, fake_run
+from planner.trace.interpret import Context
+from planner.trace.layers import build_layer_graph
+from planner.trace.leaves import choose_leaves, descend
+from planner.trace.record import record
+from planner.trace.statements import write_statements
+from planner.trace.unread import free_unread
+
+__all__ = ["TracedModel", "trace"]
+
+# Batch normalisation refuses one sample of one pixel, so two tell more than one.
+_FIRST_BATCH_SIZE = 2
+
+
+class TracedModel:
+    """A model on fake tensors, and its LayerGraph at every micro-batch size asked for."""
+
+    def __init__(self, model_file: ModelFile) -> None:
+        self.model_file = model_file
+        built = build_on_meta(model_file.build_model, model_file.name)
+        self.fingerprint = fingerprint(built)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.model = fake_copy(built, self.mode)
+        self.leaves = self._first_leaves()
+        self._graphs: dict[int, LayerGraph] = {}
+
+    def layer_graph(self, micro_batch_size: int) -> LayerGraph:
+        """The LayerGraph at this micro-batch size (in samples).
+
+        Raises:
+            TraceError: the model cannot be traced into layers.
+            ModelFileError: the example batch breaks its contract.
+        """
+        if micro_batch_size not in self._graphs:
+            self._graphs[micro_batch_size] = self._trace(micro_batch_size)
+        return self._graphs[micro_batch_size]
+
+    def context(self, batch: Mapping[str, torch.Tensor]) -> Context:
+        """What the LayerGraph's statements refer to, on fake tensors."""
+        return Context(
+            model=self.model,
+            batch=batch,
+            loss_fn=self.model_file.loss_fn,
+            device=torch.device("cpu"),
+        )
+
+    def fake_batch(self, micro_batch_size: int) -> dict[str, torch.Tensor]:
+        """The example batch on fake tensors of this traced model's mode."""
+        return fake_batch(self.model_file, micro_batch_size, self.mode)
+
+    def _first_leaves(self) -> tuple[str, ...]:
+        if not self.model_file.layers:
+            return choose_leaves(self.model)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for path in self.model_file.layers:
+            if path not in modules or not path:
+                raise ModelFileError(
+                    f"layers of {self.model_file.name} names {path!r}, which is no module of "
+                    "the model",
+                    hint="use names from model.named_modules()",
+                )
+        return tuple(dict.fromkeys(self.model_file.layers))
+
+    def _trace(self, micro_batch_size: int) -> LayerGraph:
+        batch = self.fake_batch(micro_batch_size)
+        with fake_run(self.mode):
+            recording = record(self.model, self._call, batch, self.leaves)
+            has_loss_fn = self.model_file.loss_fn is not None
+            statements = write_statements(recording, self.model, batch, has_loss_fn=has_loss_fn)
+            try:
+                analysis = analyse(statements, self.context(batch))
+            except LgaError:
+                raise
+            except Exception as error:
+                raise TraceError(
+                    f"running the traced model failed: {type(error).__name__}: {error}",
+                    hint="loss_fn and the layers must run without reading tensor values",
+                ) from None
+        statements, analysis = free_unread(statements, analysis)
+        return build_layer_graph(
+            statements,
+            analysis,
+            self.model,
+            batch,
+            model_name=self.model_file.name,
+            fingerprint=self.fingerprint,
+            micro_batch_size=micro_batch_size,
+        )
+
+    def _call(self, batch: dict[str, torch.Tensor]) -> Any:
+        if not self.model_file.layers:
+            keys = forward_keys(self.model, batch)
+            return self.model(**{key: batch[key] for key in keys})
+        modules = [self.model.get_submodule(path) for path in self.model_file.layers]
+        value = _call_first(modules[0], batch)
+        for module in modules[1:]:
+            value = module(value)
+        return value
+
+    def refine(self) -> None:
+        """Cut finer, into the children of leaves, while there is but one layer with parameters."""
+        while len(self.layer_graph(_FIRST_BATCH_SIZE).layers) < 2 and not self.model_file.layers:
+            finer = descend(self.model, self.leaves)
+            if finer == self.leaves:
+                return
+            coarse, self.leaves = self.leaves, finer
+            self._graphs.clear()
+            try:
+                self.layer_graph(_FIRST_BATCH_SIZE)
+            except TraceError:
+                self.leaves = coarse
+                self._graphs.clear()
+                return
+
+
+def _call_first(module: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
+    keys = forward_keys(module, batch)
+    if keys:
+        return module(**{key: batch[key] for key in keys})
+    takes = list(inspect.signature(module.forward).parameters)
+    if len(batch) >= 1 and takes:
+        return module(next(iter(batch.values())))
+    raise ModelFileError(
+        f"the first of the listed layers takes {takes}, but the batch has {list(batch)}",
+        hint="name its argument like a key of the batch",
+    )
+
+
+def trace(model_file: ModelFile) -> TracedModel:
+    """Trace the model that a model file builds, in train mode, on fake tensors.
+
+    Raises:
+        TraceError: the model cannot be traced into layers; names the module and the line.
+        ModelFileError: a function of the model file fails or breaks its contract.
+    """
+    traced = TracedModel(model_file)
+    traced.refine()
+    return traced

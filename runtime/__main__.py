@@ -1,0 +1,44 @@
+"""One rank: `torchrun ... -m runtime PLAN MODEL`, or started by lga-run."""
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from planner.errors import LgaError, UsageError
+from runtime.failure import FailureReport, end_process
+from runtime.inputs import load_inputs
+from runtime.main import run_rank
+from runtime.options import RunOptions, run_arguments, run_options
+
+
+@click.command(name="python -m runtime")
+@run_arguments
+@run_options
+def main(plan_path: Path, model_path: str, **options: Any) -> None:
+    """Run one rank of PLAN on MODEL. The launcher sets RANK, WORLD_SIZE and MASTER_ADDR."""
+    chosen = RunOptions(**options)
+    try:
+        plan, model_file = load_inputs(plan_path, model_path)
+        run_rank(chosen.adjust(plan), model_file, chosen)
+    except UsageError as error:
+        # The ranks of a host find the same: one says so, the others speak only if it does not.
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            time.sleep(2.0)
+        end_process(FailureReport.of(error))
+    except (LgaError, SystemExit) as error:
+        end_process(FailureReport.of(error))
+    except KeyboardInterrupt:
+        sys.stderr.flush()
+        os._exit(130)
+    except BaseException as error:
+        traceback.print_exception(error)
+        end_process(FailureReport.of(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Runs a stage's statements over the user's own modules.
+
+The statements are resolved once, when the plan is loaded: module paths to modules, operator names
+to operators, argument templates to getters. A value is dropped at its last use, so that memory is
+what the profile counted.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planner.errors import PlanFileError
+from planner.plan.code import Statement, references
+from planner.plan.meaning import fill, function_of, template_of
+from runtime.random import KeyedRandom
+
+__all__ = ["LossFunction", "StageProgram"]
+
+LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
+Values = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Call:
+    target: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    first_random_operator: int | None
+    dead: tuple[str, ...]
+    """Values that no later statement reads."""
+
+
+class StageProgram:
+    """The code of one stage, ready to run."""
+
+    def __init__(
+        self,
+        code: Sequence[Statement],
+        outputs: Sequence[str],
+        model: torch.nn.Module,
+        device: torch.device,
+        random: KeyedRandom,
+        loss_fn: LossFunction | None,
+    ) -> None:
+        """Resolve every name.
+
+        Raises:
+            PlanFileError: a module, parameter, buffer or operator does not exist.
+        """
+        self._outputs = tuple(outputs)
+        self.model, self.device, self.loss_fn = model, device, loss_fn
+        self.batch: Mapping[str, Tensor] = {}
+        self._random = random
+        self._calls: list[_Call] = []
+        later: set[str] = set(outputs)
+        for statement in reversed(code):
+            read = set(references(statement))
+            dead = tuple((read | {statement.target}) - later)
+            later |= read
+            self._calls.append(self._resolve(statement, dead))
+        self._calls.reverse()
+        self.is_random = any(statement.num_random_operators for statement in code)
+
+    def __call__(self, inputs: Values, batch: Mapping[str, Tensor]) -> Values:
+        """Values of the outputs; `inputs` is consumed."""
+        self.batch = batch
+        values = inputs
+        for call in self._calls:
+            if call.first_random_operator is not None:
+                self._random.seek(call.first_random_operator)
+            values[call.target] = call.function(
+                *[fill(argument, values) for argument in call.arguments],
+                **{key: fill(value, values) for key, value in call.keywords.items()},
+            )
+            for name in call.dead:
+                del values[name]
+        self.batch = {}
+        return {name: values[name] for name in self._outputs}
+
+    def _resolve(self, statement: Statement, dead: tuple[str, ...]) -> _Call:
+        try:
+            function = function_of(statement, self)
+        except (AttributeError, RuntimeError) as error:
+            raise PlanFileError(
+                f"the plan's statement `{statement}` refers to something that this model or this "
+                f"torch does not have: {error}",
+                hint="make the plan again with lga-plan for this model",
+            ) from None
+        return _Call(
+            target=statement.target,
+            function=function,
+            arguments=tuple(template_of(a, self.device) for a in statement.arguments),
+            keywords={key: template_of(value, self.device) for key, value in statement.keywords},
+            first_random_operator=(
+                statement.first_random_operator if statement.num_random_operators else None
+            ),
+            dead=dead,
+        )

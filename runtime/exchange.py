@@ -1,0 +1,259 @@
+"""Gathers and sums by direct exchange of messages, the same over every kind of wire.
+
+Each member sends straight to each other member, so a gather or a scattered reduction sends
+(members - 1) / members of the vector once, which is the least possible. Sums are taken in
+ascending order of members, so every member gets the same bits. Receives are posted before sends.
+This module knows who sends what to whom. It does not know how a message travels.
+"""
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.transport import Pending, Traffic
+
+__all__ = ["Channel", "ExchangeTransport", "Joined", "Wire", "ordered_sum", "part_sizes"]
+
+
+class Channel(NamedTuple):
+    """A logical stream of messages. Messages of different channels never wait for each other."""
+
+    kind: str
+    """`pair` (one direction), `gather`, `reduce`, `share` (second half of all-reduce), `tied`."""
+    members: tuple[int, ...]
+    """World ranks, ascending; (source, destination) for a pair."""
+
+
+class Wire(Protocol):
+    """Messages between the members of one channel; messages of a pair keep their order."""
+
+    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
+        """To world rank `peer`; over when the receiver has it."""
+
+    def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
+        """From world rank `peer`, into `tensor`."""
+
+
+class Joined:
+    """Several things started together; over when all are."""
+
+    def __init__(self, parts: Iterable[Pending]) -> None:
+        self._parts = list(parts)
+
+    def wait(self) -> None:
+        for part in self._parts:
+            part.wait()
+
+
+class ExchangeTransport(ABC):
+    """The Transport's calls in terms of wires. Subclasses say how to open a wire."""
+
+    def __init__(self, pipeline_rank: int, replica: int, num_replicas: int) -> None:
+        self.traffic = Traffic()
+        self._pipeline_rank = pipeline_rank
+        self._replica = replica
+        self._num_replicas = num_replicas
+        self._rank = pipeline_rank * num_replicas + replica
+        first = pipeline_rank * num_replicas
+        self._replicas = tuple(range(first, first + num_replicas))
+        self._workers: dict[Channel, _Worker] = {}
+
+    @abstractmethod
+    def _wire(self, channel: Channel) -> Wire:
+        """The open wire of a channel that this rank is a member of."""
+
+    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
+        _check(tensor)
+        self.traffic.add("send", tensor.nbytes)
+        other = self._world_rank(peer)
+        return self._wire(Channel("pair", (self._rank, other))).send(other, tensor, what)
+
+    def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
+        _check(tensor)
+        other = self._world_rank(peer)
+        return self._wire(Channel("pair", (other, self._rank))).receive(other, tensor, what)
+
+    def gather(self, shard: Tensor, output: Tensor, what: str) -> Pending:
+        _check(shard, output)
+        _check_sizes(output, shard, self._num_replicas)
+        self.traffic.add("gather", shard.nbytes * (self._num_replicas - 1))
+        parts = torch.split(output.view(-1), max(shard.numel(), 1))
+        if shard.numel():
+            parts[self._replica].copy_(shard.view(-1))
+        if self._num_replicas == 1 or not shard.numel():
+            return Joined(())
+        channel = Channel("gather", self._replicas)
+        return self._swap(channel, parts, [shard.view(-1)] * self._num_replicas, what)
+
+    def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
+        _check(source, output)
+        _check_sizes(source, output, self._num_replicas)
+        self.traffic.add("reduce", output.nbytes * (self._num_replicas - 1))
+        sent = torch.split(source.view(-1), max(output.numel(), 1))
+        if self._num_replicas == 1 or not output.numel():
+            output.copy_(source.view_as(output))
+            return Joined(())
+        channel = Channel("reduce", self._replicas)
+        received = self._staging(sent[self._replica])
+        swap = self._swap(channel, received, sent, what)
+
+        def finish() -> None:
+            swap.wait()
+            output.copy_(ordered_sum(received).view_as(output))
+
+        return self._run(channel, finish)
+
+    def all_reduce(self, tensor: Tensor, what: str) -> Pending:
+        _check(tensor)
+        if self._num_replicas == 1 or not tensor.numel():
+            self.traffic.add("reduce", 0)
+            return Joined(())
+        parts = torch.split(tensor.view(-1), part_sizes(tensor.numel(), self._num_replicas))
+        mine = parts[self._replica]
+        share = Channel("share", self._replicas)
+        channel = Channel("reduce", self._replicas)
+        num_bytes = tensor.nbytes + mine.nbytes * (self._num_replicas - 2)
+        self.traffic.add("reduce", num_bytes)
+        # A member sends its finished part only after it has received ours for that part, so the
+        # finished parts may arrive in the very tensor that the first half is sent from.
+        arriving = self._receive_from_others(share, parts, what)
+        received = self._staging(mine)
+        swap = self._swap(channel, received, parts, what)
+
+        def finish() -> None:
+            swap.wait()
+            mine.copy_(ordered_sum(received))
+            leaving = self._send_to_others(share, [mine] * self._num_replicas, what)
+            arriving.wait()
+            leaving.wait()
+
+        return self._run(channel, finish)
+
+    def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
+        _check(tensor)
+        self.traffic.add("reduce_tied", tensor.nbytes * (len(ranks) - 1))
+        if len(ranks) == 1 or not tensor.numel():
+            return Joined(())
+        channel = Channel("tied", tuple(self._world_rank(rank) for rank in sorted(ranks)))
+        received = [
+            tensor if member == self._rank else torch.empty_like(tensor)
+            for member in channel.members
+        ]
+        swap = self._swap(channel, received, [tensor] * len(ranks), what)
+
+        def finish() -> None:
+            swap.wait()
+            tensor.copy_(ordered_sum(received))
+
+        return self._run(channel, finish)
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+
+    def _world_rank(self, pipeline_rank: int) -> int:
+        return pipeline_rank * self._num_replicas + self._replica
+
+    def _staging(self, mine: Tensor) -> list[Tensor]:
+        """Room for every replica's version of my part; my own version is already here."""
+        return [
+            mine if replica == self._replica else torch.empty_like(mine)
+            for replica in range(self._num_replicas)
+        ]
+
+    def _swap(
+        self, channel: Channel, received: Iterable[Tensor], sent: Iterable[Tensor], what: str
+    ) -> Joined:
+        """received[i] = what member i sends me; member i receives sent[i]."""
+        arriving = self._receive_from_others(channel, received, what)
+        return Joined((arriving, self._send_to_others(channel, sent, what)))
+
+    def _receive_from_others(self, channel: Channel, into: Iterable[Tensor], what: str) -> Joined:
+        wire = self._wire(channel)
+        pairs = zip(channel.members, into, strict=True)
+        return Joined([wire.receive(m, t, what) for m, t in pairs if m != self._rank and t.numel()])
+
+    def _send_to_others(self, channel: Channel, sent: Iterable[Tensor], what: str) -> Joined:
+        wire = self._wire(channel)
+        pairs = zip(channel.members, sent, strict=True)
+        return Joined([wire.send(m, t, what) for m, t in pairs if m != self._rank and t.numel()])
+
+    def _run(self, channel: Channel, job: Callable[[], None]) -> Pending:
+        """Finish in the background: the other members need not wait until this rank waits."""
+        if channel not in self._workers:
+            self._workers[channel] = _Worker(f"{channel.kind} of rank {self._rank}")
+        return self._workers[channel].submit(job)
+
+
+class _Job:
+    def __init__(self, future: "Future[None]") -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+
+class _Worker:
+    """Runs jobs in order in a thread. After the first error every later job fails with it."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None]
+        self._jobs = queue.SimpleQueue()
+        self._error: Exception | None = None
+        # A daemon, because a job may be blocked for as long as the deadline when the run fails.
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> _Job:
+        future: Future[None] = Future()
+        self._jobs.put((future, job))
+        return _Job(future)
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join(timeout=1.0)
+
+    def _loop(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            try:
+                if self._error is not None:
+                    raise self._error
+                job()
+                future.set_result(None)
+            except Exception as error:
+                self._error = error
+                future.set_exception(error)
+            del item, future, job  # or the last job's buffers live until the next one comes
+
+
+def ordered_sum(parts: list[Tensor]) -> Tensor:
+    """((parts[0] + parts[1]) + parts[2]) + ...; at least two; changes none of them."""
+    total = parts[0] + parts[1]
+    for part in parts[2:]:
+        total += part
+    return total
+
+
+def part_sizes(num_elements: int, num_parts: int) -> list[int]:
+    """Sizes of consecutive parts that differ by at most one element, larger ones first."""
+    size, num_larger = divmod(num_elements, num_parts)
+    return [size + 1] * num_larger + [size] * (num_parts - num_larger)
+
+
+def _check(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.is_contiguous(), f"a tensor of shape {tuple(tensor.shape)} is not contiguous"
+        assert tensor.dtype == tensors[0].dtype, f"{tensor.dtype} meets {tensors[0].dtype}"
+
+
+def _check_sizes(whole: Tensor, part: Tensor, num_parts: int) -> None:
+    assert whole.numel() == part.numel() * num_parts, (
+        f"{num_parts} parts of {part.numel()} elements do not make {whole.numel()}"
+    )

@@ -1,0 +1,167 @@
+"""One rank's run: join the others, verify if asked, train, report, save."""
+
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from planner.errors import VerifyError
+from planner.model_file import ModelFile
+from planner.plan.types import Plan
+from runtime.build import build_model, make_executor
+from runtime.data import Batches
+from runtime.executor import Executor, StepResult
+from runtime.memory import peak_memory
+from runtime.options import RunOptions
+from runtime.report import (
+    Measured,
+    Progress,
+    print_comparison,
+    print_verdict,
+)
+from runtime.session import distributed_session
+from runtime.transport import Transport
+from runtime.verify import Difference, compare
+
+__all__ = ["run_rank"]
+
+
+def run_rank(plan: Plan, model_file: ModelFile, options: RunOptions) -> None:
+    """Everything that one process of `lga-run` or `torchrun -m runtime` does.
+
+    Raises:
+        UsageError: the batch, the dataset, the optimizer or the world size is wrong.
+        VerifyError: on rank 0, when a gradient or loss differs by more than its tolerance.
+        RunError: a rank was lost or a deadline passed.
+    """
+    device = _device(plan)
+    with distributed_session(plan, device) as (transport, world_rank):
+        verdict = _run(plan, model_file, options, transport, world_rank, device)
+    if world_rank == 0 and verdict:
+        raise VerifyError(
+            verdict,
+            hint="see whether the model draws random numbers outside torch or keeps state between "
+            "calls; if not, this is a bug in the plan or the runtime: report it",
+        )
+
+
+def _run(
+    plan: Plan,
+    model_file: ModelFile,
+    options: RunOptions,
+    transport: Transport,
+    world_rank: int,
+    device: torch.device,
+) -> str:
+    """What verification found wrong, empty if nothing."""
+    console = Console(quiet=world_rank != 0, highlight=False)
+    batches = Batches(model_file, plan)
+    if batches.is_random:
+        console.print("no build_dataset in the model file: training on random batches")
+    executor = make_executor(plan, model_file, transport, world_rank, device)
+    first_step = 0
+    if options.verify:
+        _, found = compare(plan, model_file, batches, executor, 0)
+        failure = print_verdict(console, _gather_differences(found))
+        if failure:
+            executor.close()
+            return failure
+        first_step = 1
+    measured = _train(plan, options, batches, executor, console, first_step)
+    if measured is not None:
+        print_comparison(console, plan, _gather(measured))
+    if options.save_path is not None:
+        _save(executor, model_file, options.save_path, world_rank, console)
+    executor.close()
+    return ""
+
+
+def _train(
+    plan: Plan,
+    options: RunOptions,
+    batches: Batches,
+    executor: Executor,
+    console: Console,
+    first_step: int,
+) -> Measured | None:
+    """Train the remaining steps; the second measures memory, so its time does not count."""
+    seconds: list[float] = []
+    peak_bytes = None
+    with Progress(console, plan, options.num_steps, options.log_every) as progress:
+        for step in range(first_step, options.num_steps):
+            batch = batches.batch(step, executor.replica) if executor.loads_batch else {}
+            start = time.perf_counter()
+            if step == min(first_step + 1, options.num_steps - 1):
+                with peak_memory(executor.resident_tensors(), executor.device) as peak:
+                    result = executor.step(batch)
+                peak_bytes = peak.num_bytes
+            else:
+                result = executor.step(batch)
+                if step > first_step + 1:
+                    seconds.append(time.perf_counter() - start)
+            loss = _mean_loss(result, executor.device)
+            progress.advance(step + 1, loss, time.perf_counter() - start)
+    if peak_bytes is None:
+        return None
+    return Measured(
+        rank=executor.rank,
+        step_seconds=statistics.median(seconds) if seconds else None,
+        peak_bytes=peak_bytes,
+    )
+
+
+def _mean_loss(result: StepResult, device: torch.device) -> float:
+    """Mean loss over all micro-batches of all replicas, on every rank."""
+    loss = result.loss
+    total = torch.tensor([loss or 0.0, float(loss is not None)], device=device)
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _gather(measured: Measured) -> list[Measured]:
+    found: list[Measured] = [measured] * dist.get_world_size()
+    dist.all_gather_object(found, measured)
+    return found
+
+
+def _gather_differences(mine: list[Difference]) -> list[Difference]:
+    found: list[list[Difference]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return [difference for differences in found for difference in differences]
+
+
+def _save(
+    executor: Executor, model_file: ModelFile, path: Path, world_rank: int, console: Console
+) -> None:
+    """Write the whole model's state_dict from rank 0, aside first, then renamed."""
+    state = executor.state_dict()
+    mine = state if executor.replica == 0 else {}
+    found: list[Mapping[str, Tensor]] | None = None
+    if world_rank == 0:
+        found = [{}] * dist.get_world_size()
+    dist.gather_object(mine, found)
+    if found is None:
+        return
+    model = build_model(model_file, executor.plan.options.seed, torch.device("cpu"))
+    trained = {name: value.cpu() for part in found for name, value in part.items()}
+    model.load_state_dict(trained, strict=False)  # tied names and unused parameters come along
+    whole = model.state_dict()
+    aside = path.with_name(f".{path.name}.partial")
+    torch.save(whole, aside)
+    aside.replace(path)
+    console.print(f"weights of {len(whole)} tensors written to {path}")
+
+
+def _device(plan: Plan) -> torch.device:
+    """This rank's device: its own GPU for plans made for GPUs, else the CPU."""
+    if plan.backend != "nccl":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)

@@ -1,0 +1,88 @@
+"""Keyed randomness: what a random operator draws depends on what it is, not on when it runs.
+
+Every random operator (dropout, ...) is reseeded with a key made of the run's seed, the step, the
+replica, the micro-batch and the operator's ordinal in one whole forward of the model. So no
+placement, order or recomputation changes a mask, and plain training in one process under the same
+keys draws the same.
+
+It knows nothing of stages: whoever runs a part of the model says at which ordinal it begins.
+"""
+
+import hashlib
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from planner.operators import is_random_operator
+
+__all__ = ["KeyedRandom", "key_of", "seeded"]
+
+_DEFAULT_GENERATORS = threading.RLock()
+"""Ranks may share a process (`runtime.local`): seeding and drawing must not be torn apart."""
+
+
+def key_of(*words: int) -> int:
+    """A 63-bit key, equally spread whatever the words."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(words)}q", *words), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def seeded(key: int, device: torch.device) -> Iterator[None]:
+    """Torch's default generators start from `key` in the block, and are as before after it."""
+    accelerated = device.type not in ("cpu", "meta")
+    devices = [device] if accelerated else []
+    with _DEFAULT_GENERATORS, torch.random.fork_rng(devices):
+        torch.manual_seed(key)
+        yield
+
+
+class KeyedRandom(TorchDispatchMode):
+    """Reseeds every random operator that is dispatched inside it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seed = seed
+        self._context = (0, 0, 0)
+        self._ordinal = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def begin(self, *, step: int, replica: int, micro_batch: int, ordinal: int = 0) -> None:
+        """What follows belongs to this step, replica and micro-batch."""
+        self._context = (step, replica, micro_batch)
+        self._ordinal = ordinal
+
+    def seek(self, ordinal: int) -> None:
+        """The next random operator is the `ordinal`-th of the whole forward."""
+        self._ordinal = ordinal
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not is_random_operator(func, args, kwargs):
+            return func(*args, **kwargs)
+        key = key_of(self._seed, *self._context, self._ordinal)
+        self._ordinal += 1
+        device = _device_of(args, kwargs)
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            generator = self._generators.setdefault(device, torch.Generator(device))
+            return func(*args, **{**kwargs, "generator": generator.manual_seed(key)})
+        with seeded(key, device):
+            return func(*args, **kwargs)
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device
+    return torch.device(kwargs.get("device") or "cpu")

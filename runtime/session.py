@@ -1,0 +1,47 @@
+"""One rank's part in a distributed run: joined, watched, and left in order."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from planner.errors import DeadlineError, PeerLostError
+from planner.plan.types import Plan
+from runtime.failure import FailureReport
+from runtime.heartbeat import Heartbeat
+from runtime.torch_errors import connection_error
+from runtime.transfer import DistributedTransport, initialise
+
+__all__ = ["distributed_session"]
+
+
+@contextmanager
+def distributed_session(
+    plan: Plan, device: torch.device
+) -> Iterator[tuple[DistributedTransport, int]]:
+    """Yields this rank's transport and world rank. All ranks leave the block together.
+
+    An error inside is told to the other ranks, which end, and raised again. Where it followed
+    from the loss of another rank, the process ends here with that rank's name, if one is found.
+
+    Raises:
+        UsageError: see `runtime.transfer.initialise`.
+    """
+    world_rank = initialise(plan)
+    heartbeat = Heartbeat(plan, world_rank)
+    heartbeat.start()
+    try:
+        transport = DistributedTransport(plan, world_rank, device)
+        yield transport, world_rank
+        heartbeat.stop()
+        transport.close()
+    except (DeadlineError, PeerLostError) as error:
+        heartbeat.explain(FailureReport.of(error))
+        raise
+    except BaseException as error:
+        lost = connection_error(error, plan, world_rank)
+        if lost is None:
+            heartbeat.fail(FailureReport.of(error))
+            raise
+        heartbeat.explain(FailureReport.of(lost))
+        raise lost from error

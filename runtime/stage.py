@@ -1,0 +1,147 @@
+"""Forward, recompute and backward of one micro-batch through one stage.
+
+The autograd graph is cut at the stage's inputs. An input enters through `_Entry`, which hands its
+gradient over instead of accumulating it in a leaf: so the graph keeps no tensor alive that backward
+does not need. Where a later stage has already found a part of an input's gradient, that part enters
+backward as the first summand, in the order in which autograd adds gradients when the whole model
+runs at once: the sum is bitwise the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from planner.plan.types import StagePlan
+from runtime.code import LossFunction, StageProgram
+from runtime.random import KeyedRandom
+
+__all__ = ["Saved", "Stage"]
+
+
+class _Entry(torch.autograd.Function):
+    """Lets a boundary tensor into the graph; its gradient goes to `sink[name]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _anchor: Tensor, value: Tensor, sink: dict[str, Tensor], name: str, copy: bool
+    ) -> Tensor:
+        ctx.sink, ctx.name = sink, name
+        return value.clone() if copy else value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.sink[ctx.name] = gradients[0]
+        return None, None, None, None, None
+
+
+@dataclass(slots=True)
+class Saved:
+    """What forward keeps for backward of one micro-batch."""
+
+    edges: dict[str, GradientEdge]
+    """Where gradients enter: outputs, and inputs that later stages read too."""
+    sink: dict[str, Tensor]
+    """Gradients of the inputs, after backward."""
+
+
+class Stage:
+    """One stage of the plan on this rank's device."""
+
+    def __init__(
+        self,
+        plan: StagePlan,
+        gradient_tensors: frozenset[str],
+        model: torch.nn.Module,
+        loss_fn: LossFunction | None,
+        device: torch.device,
+        random: KeyedRandom,
+    ) -> None:
+        """
+        Args:
+            plan: the stage.
+            gradient_tensors: boundary tensors whose readers send a gradient back.
+            model: the user's model; only the stage's own layers are touched.
+            loss_fn: the user's loss, for the last stage.
+            device: where it runs.
+            random: keys of the random operators.
+        """
+        self.plan = plan
+        self._gradient_tensors = gradient_tensors
+        self._random = random
+        self._program = StageProgram(plan.code, plan.outputs, model, device, random, loss_fn)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        paths = [s.path for s in plan.code if s.function == "layer"]
+        modules = {id(m): m for path in paths for m in model.get_submodule(path).modules()}
+        self._buffered = [module for module in modules.values() if module._buffers]
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Outputs, with nothing kept for backward."""
+        values = {
+            name: value.clone() if name in self.plan.mutated_inputs else value
+            for name, value in inputs.items()
+        }
+        with torch.no_grad():
+            return self._run(values, batch)
+
+    def forward_saving(
+        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Saved]:
+        """Outputs (detached), and what backward needs."""
+        sink: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
+        edges: dict[str, GradientEdge] = {}
+        for name, value in inputs.items():
+            copy = name in self.plan.mutated_inputs
+            if name in self._gradient_tensors:
+                values[name] = _Entry.apply(self._anchor, value, sink, name, copy)  # type: ignore[no-untyped-call]
+                edges[name] = get_gradient_edge(values[name])
+            else:
+                values[name] = value.clone() if copy else value
+        outputs = self._run(values, batch)
+        for name, value in outputs.items():
+            if value.requires_grad:
+                edges[name] = get_gradient_edge(value)
+        return {name: value.detach() for name, value in outputs.items()}, Saved(edges, sink)
+
+    def recompute(self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Saved:
+        """What backward needs; buffers of the modules (running statistics) keep their values."""
+        with self._buffers_kept():
+            return self.forward_saving(inputs, batch)[1]
+
+    def backward(self, saved: Saved, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients of the inputs; parameter gradients are added to each parameter's `.grad`.
+
+        Args:
+            saved: from forward_saving or recompute; used once.
+            gradients: of outputs (`loss` included), and of inputs that later stages read too:
+                what those found so far.
+        """
+        roots = [(saved.edges[name], g) for name, g in gradients.items() if name in saved.edges]
+        saved.edges = {}
+        if roots:
+            torch.autograd.backward([edge for edge, _ in roots], [g for _, g in roots])
+        return saved.sink
+
+    def _run(self, values: dict[str, Any], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self._random if self._program.is_random else nullcontext():
+            return self._program(values, batch)
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Run on copies: the originals may be saved in graphs, so they are not written back."""
+        originals = [dict(module._buffers) for module in self._buffered]
+        for module in self._buffered:
+            for name, value in module._buffers.items():
+                module._buffers[name] = None if value is None else value.clone()
+        try:
+            yield
+        finally:
+            for module, buffers in zip(self._buffered, originals, strict=True):
+                module._buffers.update(buffers)

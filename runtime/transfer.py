@@ -1,0 +1,237 @@
+"""The Transport over torch.distributed: gloo by direct exchange, NCCL by its own collectives.
+
+Knows process groups, and what their errors mean. On gloo everything is isend and irecv: its
+reduce-scatter sends twice the bytes needed, its gather is slower than direct exchange, and a
+collective that never ends blocks the end of the process, which a lone message does not.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from planner.errors import RunError, UsageError
+from planner.plan.types import Opcode, Plan
+from runtime.exchange import Channel, ExchangeTransport, Wire
+from runtime.ranks import rank_name
+from runtime.torch_errors import first_line, run_error
+from runtime.transport import Pending
+
+__all__ = ["DistributedTransport", "initialise"]
+
+
+def initialise(plan: Plan) -> int:
+    """Join the job that the environment describes; returns this process's world rank.
+
+    Raises:
+        UsageError: not started by a launcher, another number of processes than the plan has
+            ranks, or the plan's backend is not available here.
+        RunError: the other processes did not appear within the plan's deadline.
+    """
+    try:
+        world_rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise UsageError(
+            "this process was not started by a launcher: RANK and WORLD_SIZE are not set",
+            hint="start it with lga-run, or with torchrun -m runtime",
+        ) from None
+    if world_size != plan.world_size:
+        raise UsageError(
+            f"the launcher started {world_size} processes, but the plan needs {plan.world_size} "
+            f"({plan.num_pipeline_ranks} pipeline ranks x {plan.num_replicas} replicas)",
+            hint=f"start {plan.world_size} processes, or plan again for {world_size} devices",
+        )
+    if not dist.is_backend_available(plan.backend):
+        raise UsageError(
+            f"the plan was made for the backend {plan.backend!r}, which this torch does not have",
+            hint="plan again for a cluster of this kind of machine",
+        )
+    try:
+        dist.init_process_group(
+            plan.backend, timeout=timedelta(seconds=plan.options.deadline_seconds)
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f"{rank_name(world_rank, plan.num_replicas)} could not join the other "
+            f"{world_size - 1} within {plan.options.deadline_seconds:g} s: {first_line(error)}",
+            hint="see whether every process was started and can reach MASTER_ADDR",
+        ) from error
+    return world_rank
+
+
+class DistributedTransport(ExchangeTransport):
+    """Messages over torch.distributed, which `initialise` has set up.
+
+    Every channel has a process group of its own, so that no transfer, and no direction of a
+    pair, ever waits behind another, and so that two collectives cannot be confused.
+    """
+
+    def __init__(self, plan: Plan, world_rank: int, device: torch.device) -> None:
+        super().__init__(*plan.coordinates(world_rank), plan.num_replicas)
+        self._plan = plan
+        self._library = plan.backend == "nccl"
+        self._wires: dict[Channel, _GroupWire] = {}
+        for channel in _channels(plan):  # every rank must help to make every group
+            group = dist.new_group(
+                sorted(channel.members),
+                timeout=timedelta(seconds=plan.options.deadline_seconds),
+                device_id=device if self._library else None,
+                group_desc=f"{channel.kind} {channel.members}",
+            )
+            if world_rank in channel.members:
+                self._wires[channel] = _GroupWire(plan, world_rank, group)
+
+    def _wire(self, channel: Channel) -> Wire:
+        assert channel in self._wires, f"the plan has no {channel}"
+        return self._wires[channel]
+
+    def gather(self, shard: Tensor, output: Tensor, what: str) -> Pending:
+        if not self._library or self._num_replicas == 1:
+            return super().gather(shard, output, what)
+        self.traffic.add("gather", shard.nbytes * (self._num_replicas - 1))
+        call = _collective("all_gather_single", "all_gather_into_tensor")
+        channel = Channel("gather", self._replicas)
+        return self._start(
+            channel, what, lambda group: call(output, shard, group=group, async_op=True)
+        )
+
+    def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
+        if not self._library or self._num_replicas == 1:
+            return super().reduce_scatter(source, output, what)
+        self.traffic.add("reduce", output.nbytes * (self._num_replicas - 1))
+        call = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+        channel = Channel("reduce", self._replicas)
+        return self._start(
+            channel, what, lambda group: call(output, source, group=group, async_op=True)
+        )
+
+    def all_reduce(self, tensor: Tensor, what: str) -> Pending:
+        if not self._library or self._num_replicas == 1:
+            return super().all_reduce(tensor, what)
+        part = -(-tensor.nbytes // self._num_replicas)
+        self.traffic.add("reduce", 2 * part * (self._num_replicas - 1))
+        channel = Channel("reduce", self._replicas)
+        return self._start(
+            channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True)
+        )
+
+    def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
+        if not self._library or len(ranks) == 1:
+            return super().all_reduce_tied(tensor, ranks, what)
+        part = -(-tensor.nbytes // len(ranks))
+        self.traffic.add("reduce_tied", 2 * part * (len(ranks) - 1))
+        channel = _channel(self._plan, "tied", ranks, self._replica)
+        return self._start(
+            channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True)
+        )
+
+    def close(self) -> None:
+        """Leave the job. May be called again.
+
+        After a failure something is still under way, and taking its group down would wait for
+        it: the end of the process does it then.
+        """
+        super().close()
+        if dist.is_initialized() and not any(w.num_pending for w in self._wires.values()):
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    def _start(
+        self, channel: Channel, what: str, call: Callable[[dist.ProcessGroup], Any]
+    ) -> Pending:
+        wire = self._wires[channel]
+        peers = [rank for rank in channel.members if rank != self._rank]
+        names = ", ".join(rank_name(rank, self._num_replicas) for rank in peers)
+        return wire.start(lambda: call(wire.group), what, names, ())
+
+
+class _GroupWire:
+    """One process group."""
+
+    def __init__(self, plan: Plan, world_rank: int, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.num_pending = 0
+        """Messages not known to be over."""
+        self._plan = plan
+        self._rank = world_rank
+
+    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
+        name = rank_name(peer, self._plan.num_replicas)
+        return self.start(lambda: dist.isend(tensor, peer, self.group), what, name, (tensor,))
+
+    def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
+        name = rank_name(peer, self._plan.num_replicas)
+        return self.start(lambda: dist.irecv(tensor, peer, self.group), what, name, (tensor,))
+
+    def start(
+        self, call: Callable[[], Any], what: str, peer: str, tensors: tuple[Tensor, ...]
+    ) -> Pending:
+        self.num_pending += 1
+        try:
+            work = call()
+        except RuntimeError as error:
+            raise self.error(error, what, peer) from error
+        return _Started(self, work, what, peer, tensors)
+
+    def error(self, error: RuntimeError, what: str, peer: str) -> RunError:
+        return run_error(error, self._plan, self._rank, what, peer)
+
+
+class _Started:
+    """A message under way. Holds its Work (dropping a receive's cancels it) and its tensor."""
+
+    def __init__(
+        self, wire: _GroupWire, work: dist.Work, what: str, peer: str, tensors: tuple[Tensor, ...]
+    ) -> None:
+        self._wire = wire
+        self._work: dist.Work | None = work
+        self._what = what
+        self._peer = peer
+        self._tensors = tensors
+
+    def wait(self) -> None:
+        if self._work is None:
+            return
+        try:
+            self._work.wait()  # without a limit of its own: the group's is the deadline
+        except RuntimeError as error:
+            raise self._wire.error(error, self._what, self._peer) from error
+        self._work = None
+        self._tensors = ()
+        self._wire.num_pending -= 1
+
+
+def _channels(plan: Plan) -> list[Channel]:
+    """All channels of all ranks, in one order."""
+    pairs = set()
+    for rank, program in enumerate(plan.programs):
+        for instruction in program:
+            if instruction.peer is not None and instruction.opcode is Opcode.SEND:
+                pairs.add((rank, instruction.peer))
+            elif instruction.peer is not None and instruction.opcode is Opcode.RECEIVE:
+                pairs.add((instruction.peer, rank))
+    tied = {unit.ranks for unit in plan.units if len(unit.ranks) > 1}
+    found: list[Channel] = []
+    for replica in range(plan.num_replicas):
+        found += [_channel(plan, "pair", pair, replica) for pair in sorted(pairs)]
+        found += [_channel(plan, "tied", ranks, replica) for ranks in sorted(tied)]
+    if plan.num_replicas > 1:
+        for rank in range(plan.num_pipeline_ranks):
+            members = tuple(plan.world_rank(rank, r) for r in range(plan.num_replicas))
+            found += [Channel(kind, members) for kind in ("gather", "reduce", "share")]
+    return found
+
+
+def _channel(plan: Plan, kind: str, ranks: tuple[int, ...], replica: int) -> Channel:
+    return Channel(kind, tuple(plan.world_rank(rank, replica) for rank in ranks))
+
+
+def _collective(name: str, older: str) -> Callable[..., Any]:
+    """torch.distributed's function by its present name, or by the one it had before 2.13."""
+    function: Callable[..., Any] = getattr(dist, name, None) or getattr(dist, older)
+    return function

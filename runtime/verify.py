@@ -1,0 +1,154 @@
+"""Compares one planned step with plain accumulation in one process: loss and every gradient.
+
+With one replica every figure must be bitwise equal, except parameters shared by stages of two
+pipeline ranks: their two parts are added in another order. With more replicas the collective adds
+in another order. There the relative root-mean-square difference must be within the tolerance.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from planner.model_file import ModelFile
+from planner.plan.types import Plan, Unit
+from runtime.build import build_model
+from runtime.data import Batches
+from runtime.executor import Executor, StepResult
+from runtime.reference import accumulate, loss_of_model
+from runtime.shards import UnitState
+
+__all__ = ["Difference", "Recorder", "compare", "tolerance_of", "worst"]
+
+RELATIVE_RMS = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far one planned tensor is from the plain one."""
+
+    name: str
+    """Parameter, or `loss of micro-batch m`."""
+    largest: float
+    """Largest absolute difference; infinite where either is not finite."""
+    relative_rms: float
+    """Root-mean-square difference over the root-mean-square of the plain one."""
+    tolerance: float
+    """0: bitwise."""
+    num_elements: int
+
+    @property
+    def passed(self) -> bool:
+        if self.tolerance == 0:
+            return self.largest == 0
+        return self.relative_rms <= self.tolerance
+
+
+class Recorder:
+    """Keeps this rank's reduced gradients of one step."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[UnitState, Tensor]] = []
+
+    def __call__(self, state: UnitState, gradient: Tensor) -> None:
+        self.parts.append((state, gradient.clone()))
+
+
+def tolerance_of(plan: Plan, unit: Unit) -> float:
+    """0 where the order of additions is that of plain accumulation."""
+    if plan.num_replicas == 1 and len(unit.ranks) == 1:
+        return 0.0
+    return RELATIVE_RMS[unit.dtype]
+
+
+def compare(
+    plan: Plan,
+    model_file: ModelFile,
+    batches: Batches,
+    executor: Executor,
+    step: int,
+) -> tuple[StepResult, list[Difference]]:
+    """Run one planned step and the same step plainly; this rank's differences.
+
+    Call it with a fresh executor (its parameters still those of the seed), on every rank.
+    """
+    recorder = Recorder()
+    executor.observe(recorder)
+    result = executor.step(batches.batch(step, executor.replica) if executor.loads_batch else {})
+    executor.observe(None)
+    model = build_model(model_file, plan.options.seed, executor.device)
+    losses = _run_reference(plan, model_file, model, batches, step, executor.device)
+    first = executor.replica * plan.num_micro_batches
+    found = [
+        _difference(f"loss of micro-batch {m}", mine, losses[first + m], 0.0)
+        for m, mine in enumerate(result.losses)
+    ]
+    for state, gradient in recorder.parts:
+        found += _compare_unit(plan, state, gradient, model)
+    return result, found
+
+
+def _difference(name: str, mine: Tensor, plain: Tensor, tolerance: float) -> Difference:
+    """How far `mine` is from `plain`; zero only where torch.equal holds."""
+    if torch.equal(mine, plain):
+        return Difference(
+            name=name, largest=0.0, relative_rms=0.0, tolerance=tolerance, num_elements=mine.numel()
+        )
+    gap = mine.double() - plain.double()
+    largest = float(gap.abs().max()) if bool(gap.isfinite().all()) else float("inf")
+    scale = float(plain.double().square().mean().sqrt())
+    rms = float(gap.square().mean().sqrt())
+    return Difference(
+        name=name,
+        largest=largest,
+        relative_rms=rms / scale if scale and largest < float("inf") else float("inf"),
+        tolerance=tolerance,
+        num_elements=mine.numel(),
+    )
+
+
+def worst(found: list[Difference]) -> Difference:
+    """The failed difference that is largest, else the largest."""
+    return max(found, key=lambda item: (not item.passed, item.largest))
+
+
+def _run_reference(
+    plan: Plan,
+    model_file: ModelFile,
+    model: torch.nn.Module,
+    batches: Batches,
+    step: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Losses of replica 0's micro-batches, then replica 1's, ...; gradients stay in the model."""
+    size = plan.micro_batch_size
+    micro_batches: list[tuple[int, int, Mapping[str, Tensor]]] = []
+    for replica in range(plan.num_replicas):
+        batch = batches.batch(step, replica)
+        for m in range(plan.num_micro_batches):
+            rows = {key: v[m * size : (m + 1) * size].to(device) for key, v in batch.items()}
+            micro_batches.append((replica, m, rows))
+    return accumulate(
+        model,
+        loss_of_model(model, model_file),
+        micro_batches,
+        seed=plan.options.seed,
+        step=step,
+    )
+
+
+def _compare_unit(
+    plan: Plan, state: UnitState, gradient: Tensor, model: torch.nn.Module
+) -> list[Difference]:
+    """Differences of the parts of parameters that this rank holds."""
+    found = []
+    for piece in state.pieces:
+        plain = model.get_parameter(piece.name).grad
+        first = state.ranges[piece.name][0]
+        mine = gradient[piece.first - state.first : piece.last - state.first]
+        flat = torch.zeros_like(mine)
+        if plain is not None:
+            flat = plain.reshape(-1)[piece.first - first : piece.last - first]
+        found.append(_difference(piece.name, mine, flat, tolerance_of(plan, state.unit)))
+    return found

@@ -1,0 +1,139 @@
+"""lga-plan, lga-check and lga-show from the command line, on a small real model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from planner.check import check
+from planner.cli.check import main as check_command
+from planner.cli.plan import main as plan_command
+from planner.cli.show import main as show_command
+from planner.plan.file import read_plan, write_plan
+from planner.plan.types import Opcode
+
+MODEL = """
+import torch
+from torch import nn
+
+def build_model():
+    return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(6)))
+
+def example_batch(batch_size):
+    return {"input": torch.zeros(batch_size, 8), "target": torch.zeros(batch_size, 8)}
+
+def loss_fn(output, batch):
+    return nn.functional.mse_loss(output, batch["target"])
+
+def build_optimizer(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: click.Command, *arguments: str) -> Result:
+    result = CliRunner().invoke(command, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def plan(*arguments: str) -> Result:
+    return run(plan_command, "small.py", "--cluster", "a100-80", "--time-limit", "3", *arguments)
+
+
+def test_plan_check_show(folder: Path) -> None:
+    made = plan("--gpus", "4", "--pipeline-ranks", "2", "--micro-batches", "2")
+    assert made.exit_code == 0, made.output
+    for words in ("no --batch-size given: 32 samples", "placement", "bubble", "gap", "uniform",
+                  "greedy", "10 of 10 rules hold", "written   small.plan.yaml"):  # fmt: skip
+        assert words in made.output
+    written = read_plan(folder / "small.plan.yaml")
+    assert (written.num_replicas, written.num_pipeline_ranks) == (2, 2)
+    assert written.num_micro_batches == 2
+    assert written.global_batch_size == 32
+    assert written.options.optimizer_slots == 1
+    assert written.prediction is not None
+    assert written.prediction.step_seconds > 0
+    assert check(written).passed
+    assert run(check_command, "small.plan.yaml").exit_code == 0
+    shown = run(show_command, "small.plan.yaml")
+    assert shown.exit_code == 0
+    assert "rank 1" in shown.output
+    assert "FORWARD" in shown.output
+
+
+def test_one_device(folder: Path) -> None:
+    made = plan("--gpus", "1", "--batch-size", "1", "--output", "one.yaml")
+    assert made.exit_code == 0, made.output
+    assert read_plan(folder / "one.yaml").world_size == 1
+
+
+def test_the_same_command_writes_the_same_plan(folder: Path) -> None:
+    arguments = ("--gpus", "2", "--pipeline-ranks", "2", "--batch-size", "8")
+    plan(*arguments, "--output", "one.yaml")
+    plan(*arguments, "--output", "other.yaml")
+    assert (folder / "one.yaml").read_bytes() == (folder / "other.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpus", "0"), "0 is not in the range"),
+        (("--gpus", "two"), "not a valid integer"),
+        (("--gpus", "2", "--cluster", "a100-88"), "unknown cluster"),
+        (("--gpus", "2", "--memory-limit", "lots"), "not a number of bytes"),
+        (("--gpus", "2", "--partition", "2"), "partition"),
+        (("--gpus", "4", "--replicas", "3", "--pipeline-ranks", "2"), "replicas"),
+        (("--gpus", "2", "--batch-size", "7", "--replicas", "2"), "7"),
+        (("--gpus", "2", "--output", "missing/a.yaml"), "cannot write"),
+    ],
+)
+def test_wrong_commands_exit_2_and_write_nothing(
+    folder: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    result = plan(*arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert [file.name for file in folder.iterdir() if file.suffix == ".yaml"] == []
+
+
+def test_a_missing_model(folder: Path) -> None:  # noqa: ARG001
+    result = run(plan_command, "smal.py", "--gpus", "1")
+    assert result.exit_code == 2
+    assert "did you mean small.py?" in result.output
+
+
+def test_nothing_fits_exits_1_and_writes_nothing(folder: Path) -> None:
+    result = plan("--gpus", "2", "--memory-limit", "100B")
+    assert result.exit_code == 1, result.output
+    assert "try:" in result.output
+    assert not list(folder.glob("*.yaml"))
+
+
+def test_check_refuses_what_is_no_plan(folder: Path) -> None:
+    (folder / "a.yaml").write_text("hello: world\n")
+    for path in ("a.yaml", "missing.yaml", "."):
+        for command in (check_command, show_command):
+            result = run(command, path)
+            assert result.exit_code == 2
+            assert "error:" in result.output
+
+
+def test_check_prints_the_counterexample(folder: Path) -> None:
+    plan("--gpus", "2", "--pipeline-ranks", "2", "--batch-size", "4")
+    good = read_plan(folder / "small.plan.yaml")
+    program = tuple(i for i in good.programs[0] if i.opcode is not Opcode.UPDATE)
+    write_plan(replace(good, programs=(program, *good.programs[1:])), folder / "bad.yaml")
+    result = run(check_command, "bad.yaml")
+    assert result.exit_code == 1
+    assert "BROKEN" in result.output
+    assert "updated 0 times instead of 1" in result.output

@@ -1,0 +1,246 @@
+"""The plan file: exact round trip, and a clear refusal of everything else."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import chain_cluster, chain_graph, chain_placement, chain_profile
+
+from planner.errors import PlanFileError
+from planner.lower import lower
+from planner.plan.file import MAX_PLAN_BYTES, parse_plan, print_plan, read_plan, write_plan
+from planner.plan.text import parse_program, print_program
+from planner.plan.types import Instruction, Opcode, Plan, PlanOptions, Prediction
+
+
+def small_plan(*, num_stages: int = 4, recompute: bool = False, partition: int = 0) -> Plan:
+    graph = chain_graph(num_stages, tied=[(0, num_stages - 1)], num_random_operators=2)
+    placement = chain_placement(
+        num_stages, 2, 3, num_replicas=2, recompute=recompute, partition=partition
+    )
+    cluster = chain_cluster(4)
+    return lower(graph, chain_profile(graph), cluster, placement, PlanOptions(seed=7))
+
+
+@pytest.mark.parametrize("partition", [0, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_parse_of_print_is_the_plan(partition: int, recompute: bool) -> None:
+    plan = small_plan(partition=partition, recompute=recompute)
+    assert parse_plan(print_plan(plan)) == plan
+
+
+def test_the_smallest_plan() -> None:
+    graph = chain_graph(1)
+    placement = chain_placement(1, 1, 1)
+    plan = lower(graph, chain_profile(graph), chain_cluster(1), placement, PlanOptions())
+    assert parse_plan(print_plan(plan)) == plan
+
+
+def test_prediction_and_odd_floats_survive() -> None:
+    prediction = Prediction(
+        step_seconds=0.1 + 0.2,
+        bubble=1e-17,
+        peak_bytes=(1, 2**60),
+        memory_limit_bytes=2**61,
+        provenance="simulated: 'quotes', \"more\", # no comment,\nsecond line, é 漢 🙂",
+    )
+    plan = replace(small_plan(), prediction=prediction)
+    assert parse_plan(print_plan(plan)) == plan
+
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+buffers = st.lists(names, max_size=3).map(tuple)
+instructions = st.builds(
+    Instruction,
+    opcode=st.sampled_from(list(Opcode)),
+    stream=names,
+    stage=st.none() | st.integers(0, 10**6),
+    micro_batch=st.none() | st.integers(0, 10**6),
+    unit=st.none() | names,
+    peer=st.none() | st.integers(0, 10**6),
+    reads=buffers,
+    writes=buffers,
+)
+
+
+@given(st.lists(instructions, max_size=4).map(tuple))
+def test_any_program_survives(program: tuple[Instruction, ...]) -> None:
+    assert parse_program(print_program(program)) == program
+
+
+def test_one_instruction_is_one_readable_line() -> None:
+    instruction = Instruction(
+        opcode=Opcode.FORWARD,
+        stream="compute",
+        stage=3,
+        micro_batch=1,
+        reads=("h_2.1", "weights:float32.0"),
+        writes=("h_3.1", "saved:3.1"),
+    )
+    assert print_program((instruction,)) == (
+        "compute  FORWARD      stage 3 micro_batch 1 : h_2.1 weights:float32.0 -> h_3.1 saved:3.1\n"
+    )
+
+
+def test_programs_stand_one_instruction_per_line() -> None:
+    plan = small_plan()
+    lines = print_plan(plan).splitlines()
+    num_forwards = sum(line.startswith("  compute  FORWARD") for line in lines)
+    assert num_forwards == plan.num_stages * plan.num_micro_batches
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "section"),
+    [
+        ("num_micro_batches: 3", "num_micro_batches: 4", "num_micro_batches"),
+        ("stage 1 micro_batch 0", "stage 1 micro_batch 1", "programs"),
+        ("seed: 7", "seed: 8", "options"),
+        ("micro_batch_size: 1\n", "", "micro_batch_size"),
+        ("partition: 0\n", "partition: 0\nextra: 1\n", "extra"),
+        ("fingerprint: ", "fingerprint:  ", "fingerprint"),
+    ],
+)
+def test_an_edit_is_found_and_named(old: str, new: str, section: str) -> None:
+    text = print_plan(small_plan())
+    assert old in text
+    with pytest.raises(PlanFileError, match=f"'{section}'") as caught:
+        parse_plan(text.replace(old, new, 1))
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_cut_short_anywhere_is_refused() -> None:
+    text = print_plan(small_plan())
+    for length in range(0, len(text) - 1, 97):
+        with pytest.raises(PlanFileError):
+            parse_plan(text[:length])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_changed_character_is_refused(data: st.DataObject) -> None:
+    text = print_plan(small_plan(num_stages=2))
+    place = data.draw(st.integers(0, len(text) - 1))
+    letter = data.draw(st.characters(codec="utf-8").filter(lambda c: c != text[place]))
+    with pytest.raises(PlanFileError):
+        parse_plan(text[:place] + letter + text[place + 1 :])
+
+
+def resealed(text: str) -> str:
+    """The text with checksums that fit: what a determined editor would write."""
+    for _ in range(40):
+        try:
+            parse_plan(text)
+        except PlanFileError as error:
+            names = re.findall(r"'(\w+)'", error.message)
+            if "does not match" not in error.message:
+                return text
+            text = _reseal(text, names)
+    return text
+
+
+def _reseal(text: str, names: list[str]) -> str:
+    from planner.plan import sections
+
+    for name in names:
+        found = re.search(rf"(?ms)^{name}:.*?(?=^[^\s-]|\Z)", text)
+        assert found
+        fresh = sections._checksum(found[0])
+        second = text.split("\n")[1]
+        changed = re.sub(rf"\b{name}: [0-9a-f]+", f"{name}: {fresh}", second)
+        text = text.replace(second, changed, 1)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_micro_batches: 3", "num_micro_batches: three", "num_micro_batches"),
+        ("num_micro_batches: 3", "num_micro_batches: 0", "less than 1"),
+        ("num_micro_batches: 3", "num_micro_batches: 3.5", "num_micro_batches"),
+        ("  seed: 7", "  seed: 7\n  extra: 1", "extra"),
+        ("  seed: 7", "  seed: '7'", "seed"),
+        ("stage 1 micro_batch 0", "stage 9 micro_batch 0", "stage 9"),
+        ("stage 1 micro_batch 0", "stage 1 micro_batch 9", "micro-batch 9"),
+        ("compute  FORWARD ", "compute  FOREWARD", "is not an instruction"),
+        ("peer 1", "peer 7", "peer 7"),
+        ("to.1     SEND", "to.1     SAVE", "reserved"),
+        (": h_0.0\n", ": h_77.0\n", "names nothing"),
+        (": h_0.0\n", ": saved:0.0\n", "no tensor between stages"),
+        ("bandwidth: 1.0e+30", "bandwidth: 0.0", "bandwidth"),
+        ("layer('layer.0')", "__import__('os').system", "not allowed"),
+        ("layer('layer.0')(x)", "layer('layer.0')(x", "not Python syntax"),
+        ("dtype: float32", "dtype: float99", "float99"),
+        ("fingerprint: chain-4-1", "fingerprint: !!python/name:os.system ''", "is not YAML"),
+        ("fingerprint: chain-4-1", "fingerprint: &a chain-4-1\nmodel: *a", "aliases"),
+        ("fingerprint: chain-4-1", "fingerprint: " + "[" * 100000, "nests too deeply"),
+    ],
+)
+def test_a_resealed_forgery_is_still_refused(old: str, new: str, message: str) -> None:
+    text = print_plan(small_plan())
+    assert old in text
+    forged = resealed(text.replace(old, new, 1))
+    if message == "aliases":
+        forged = resealed(
+            text.replace(old, "fingerprint: &a [1]\n", 1).replace(
+                "model_name: chain", "model_name: *a", 1
+            )
+        )
+    with pytest.raises(PlanFileError) as caught:
+        parse_plan(forged)
+    assert message in str(caught.value) or "YAML" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "hello", "a: 1\n", "lga_plan: 1", "lga_plan: 1\n\n", "lga_plan: x\n",
+             "lga_plan: 1\nchecksums: {}\n", "lga_plan: 1\nchecksums: {a: 0}\na: 1\n"],
+)  # fmt: skip
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(PlanFileError):
+        parse_plan(text)
+
+
+def test_another_format_version_is_refused() -> None:
+    text = print_plan(small_plan()).replace("lga_plan: 1", "lga_plan: 2", 1)
+    with pytest.raises(PlanFileError, match="version 2"):
+        parse_plan(text)
+
+
+def test_write_then_read(tmp_path: Path) -> None:
+    plan, path = small_plan(), tmp_path / "a.plan.yaml"
+    write_plan(plan, path)
+    assert read_plan(path) == plan
+    assert [file.name for file in tmp_path.iterdir()] == ["a.plan.yaml"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match="cannot write"):
+        write_plan(small_plan(), tmp_path / "missing" / "a.plan.yaml")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(PlanFileError, match="cannot write"):
+        write_plan(small_plan(), tmp_path / "folder")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_files_that_are_no_plans(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match="cannot read"):
+        read_plan(tmp_path / "missing.yaml")
+    with pytest.raises(PlanFileError, match="cannot read"):
+        read_plan(tmp_path)
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanFileError, match="is not text"):
+        read_plan(binary)
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(MAX_PLAN_BYTES + 1)
+    with pytest.raises(PlanFileError, match="at most"):
+        read_plan(large)
+
+
+def test_windows_line_ends_are_harmless(tmp_path: Path) -> None:
+    plan, path = small_plan(), tmp_path / "a.plan.yaml"
+    path.write_bytes(print_plan(plan).replace("\n", "\r\n").encode())
+    assert read_plan(path) == plan

@@ -1,0 +1,103 @@
+"""Quantities in words, and the timeline in letters."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from test_check import chain_plan
+
+from planner.check import check
+from planner.errors import UsageError
+from planner.report import (
+    bytes_text,
+    count_text,
+    memory_table,
+    parse_bytes,
+    placement_table,
+    plan_lines,
+    program_counts,
+    rules_table,
+    seconds_text,
+    timeline_rows,
+)
+from planner.simulate import simulate
+from planner.timeline import Timeline
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("40GB", 40 * 10**9), ("40 GiB", 40 * 2**30), ("512mib", 512 * 2**20), ("1.5kB", 1500),
+        ("1000", 1000), (".5TB", 5 * 10**11), ("7B", 7), ("8G", 8 * 10**9),
+    ],
+)  # fmt: skip
+def test_bytes_from_words(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "40XB", "0", "0.1", "1e9", "nan", "4,0GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"memory|bytes"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1234567, "1.23 MB"), (999_999, "1 MB")],
+)
+def test_bytes_in_words(num_bytes: int, text: str) -> None:
+    assert bytes_text(num_bytes) == text
+
+
+@given(st.integers(1, 10**17))
+def test_bytes_survive_words_to_three_digits(num_bytes: int) -> None:
+    assert parse_bytes(bytes_text(num_bytes)) == pytest.approx(num_bytes, rel=5.1e-3)
+
+
+def test_counts_and_seconds_in_words() -> None:
+    assert [count_text(n) for n in (7, 1.258e12)] == ["7", "1.26 T"]
+    assert [seconds_text(s) for s in (0, 2e-6, 0.0123, 1.5, 4321)] == [
+        "0 us", "2 us", "12.3 ms", "1.5 s", "4321 s"
+    ]  # fmt: skip
+
+
+def test_the_timeline_in_letters() -> None:
+    plan = chain_plan(2, 2, 1)
+    first, second, legend = (
+        row.plain for row in timeline_rows(plan, simulate(plan).timeline, width=8 + 12)
+    )
+    assert first == "rank 0  aa......AAAA"
+    assert second == "rank 1  ..bbBBBB...."
+    assert "6 s" in legend
+
+
+def test_recompute_has_its_own_sign() -> None:
+    plan = chain_plan(1, 1, 1, recompute=True)
+    row, _ = timeline_rows(plan, simulate(plan).timeline, width=8 + 12)
+    assert row.plain == "rank 0  aaa+++AAAAAA"
+
+
+def test_a_timeline_of_nothing_is_idle() -> None:
+    plan = chain_plan(1, 1, 1)
+    row, _ = timeline_rows(plan, Timeline(source="simulated", events=()), width=20)
+    assert set(row.plain.removeprefix("rank 0  ")) == {"."}
+
+
+def test_tables_fit_eighty_columns_and_hold_their_figures() -> None:
+    plan = chain_plan(8, 4, 2, num_replicas=2, partition=3)
+    simulation = simulate(plan)
+    console = Console(width=80)
+    for table in (
+        placement_table(plan),
+        memory_table(plan, simulation),
+        program_counts(plan),
+        rules_table(check(plan)),
+    ):
+        with console.capture() as capture:
+            console.print(table)
+        assert table.row_count in (4, 8, 10)
+        assert "\u2026" not in capture.get()
+    lines = plan_lines(plan)
+    assert "8 layers" in lines[0]
+    assert "2 replicas x 4 pipeline ranks" in lines[2]
+    assert lines[3].startswith("batch     4 samples")

@@ -1,0 +1,114 @@
+"""From a model file to trained weights, as a user does it: real commands, real processes, gloo."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import EXAMPLES
+
+from planner.model_file import load_model_file
+from planner.plan.file import read_plan
+
+TOOLS = Path(sys.executable).parent
+
+
+def command(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [str(TOOLS / words[0]), *words[1:]],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def plan(folder: Path, model: str, *options: str) -> Path:
+    """Plan for processes of this machine; the cluster is given so that nothing is measured."""
+    (folder / "cluster.yaml").write_text(
+        "name: four processes\n"
+        "hosts:\n"
+        "  - device: v100-32\n"
+        "    count: 4\n"
+        "network: loopback\n"
+        "backend: gloo\n"
+    )
+    words = ("--cluster", "cluster.yaml", "--time-limit", "5", "--output", "a.plan.yaml")
+    result = command(folder, "lga-plan", model, *words, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "a.plan.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt", "--gpus 2 --pipeline-ranks 2 --stages-per-rank 2 --micro-batches 3"),
+        ("resnet", "--gpus 2 --replicas 2 --partition 3 --stages-per-rank 3 --recompute"),
+        ("unet", "--gpus 4 --pipeline-ranks 4 --stages-per-rank 2 --recompute"),
+        ("mlp", "--gpus 4 --pipeline-ranks 2 --replicas 2 --partition 0"),
+        ("mlp", "--gpus 1 --stages-per-rank 1 --micro-batches 1"),
+    ],
+)
+def test_plan_verify_train_save(name: str, options: str, tmp_path: Path) -> None:
+    model = str(EXAMPLES / f"{name}.py")
+    path = plan(tmp_path, model, "--batch-size", "12", *options.split())
+    words = ("--verify", "--steps", "4", "--save", "weights.pt")
+    result = command(tmp_path, "lga-run", str(path), model, *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "verify: passed" in result.stdout
+    assert len(re.findall(r"step \d/4  loss \d+\.\d+  [\d.]+ samples/s", result.stdout)) == 3
+    for rank in range(read_plan(path).num_pipeline_ranks):
+        assert f"peak memory, pipeline rank {rank}" in result.stdout
+    assert "step time" in result.stdout
+    trained = torch.load(tmp_path / "weights.pt", weights_only=True)
+    fresh = load_model_file(model).build_model()
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    fresh.load_state_dict(trained)
+    assert any(not torch.equal(before[key], value) for key, value in trained.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.plan.yaml",
+        "cluster.yaml",
+        "weights.pt",
+    ]
+
+
+def test_torchrun_trains_the_same(tmp_path: Path) -> None:
+    model = str(EXAMPLES / "mlp.py")
+    options = ("--gpus", "2", "--batch-size", "8", "--pipeline-ranks", "2")
+    path = plan(tmp_path, model, *options)
+    ours = command(tmp_path, "lga-run", str(path), model, "--steps", "3", "--save", "a.pt")
+    assert ours.returncode == 0, ours.stderr
+    words = ("--standalone", "--nproc-per-node", "2", "-m", "runtime", str(path), model)
+    theirs = command(tmp_path, "torchrun", *words, "--steps", "3", "--save", "b.pt")
+    assert theirs.returncode == 0, theirs.stderr
+    first = torch.load(tmp_path / "a.pt", weights_only=True)
+    second = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_verify_fails_loudly_where_the_model_cannot_be_reproduced(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import random\n"
+        "import torch\n"
+        "class Noisy(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * (1 + random.random())\n"
+        "def build_model():\n"
+        "    return torch.nn.Sequential(Noisy(4, 4), Noisy(4, 4))\n"
+        "def example_batch(batch_size):\n"
+        "    return {'input': torch.randn(batch_size, 4)}\n"
+        "def loss_fn(output, batch):\n"
+        "    return output.square().mean()\n"
+    )
+    path = plan(tmp_path, "model.py", "--gpus", "2", "--pipeline-ranks", "2")
+    result = command(tmp_path, "lga-run", str(path), "model.py", "--verify")
+    assert result.returncode == 1
+    assert "differ from plain accumulation; the worst is" in result.stderr
+    assert "outside torch" in result.stderr
+    assert "Traceback" not in result.stderr
