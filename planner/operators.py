@@ -6,6 +6,7 @@ sees it. It does not know layers, plans or keys.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,10 +22,23 @@ def is_random_operator(
     Operators carry torch's tag `nondeterministic_seeded`; attention operators carry it too, but
     draw only where their `dropout_p` is above zero.
     """
+    draws = _draws(func)
+    if isinstance(draws, bool):
+        return draws
+    position, default = draws
+    given = args[position] if position < len(args) else kwargs.get("dropout_p")
+    return bool(default if given is None else given)
+
+
+@cache
+def _draws(func: torch._ops.OpOverload) -> bool | tuple[int, float]:
+    """Whether it always draws; where that depends on `dropout_p`, its position and default.
+
+    Asked of every operator that runs under a dispatch mode, so the answer is kept.
+    """
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
-            given = args[position] if position < len(args) else kwargs.get("dropout_p")
-            return bool(argument.default_value if given is None else given)
+            return position, float(argument.default_value or 0.0)
     return True

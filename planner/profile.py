@@ -19,6 +19,8 @@ class OperatorCount:
     """Read and written by one kernel, each distinct tensor once."""
     dtype: str
     num_kernels: int
+    draws: bool = False
+    """Whether it draws random numbers, which costs a CPU more than moving the bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,11 +75,16 @@ class KeyedRandom(TorchDispatchMode):
         key = key_of(self._seed, *self._context, self._ordinal)
         self._ordinal += 1
         device = _device_of(args, kwargs)
-        if any(argument.name == "generator" for argument in func._schema.arguments):
+        if _takes_generator(func):
             generator = self._generators.setdefault(device, torch.Generator(device))
             return func(*args, **{**kwargs, "generator": generator.manual_seed(key)})
         with seeded(key, device):
             return func(*args, **kwargs)
+
+
+@cache
+def _takes_generator(func: torch._ops.OpOverload) -> bool:
+    return any(argument.name == "generator" for argument in func._schema.arguments)
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:

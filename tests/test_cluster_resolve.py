@@ -99,6 +99,10 @@ def test_the_cpu_measurement_gives_positive_finite_figures() -> None:
         *device.peak_flops.values(),
         device.memory_bandwidth,
         device.kernel_overhead_seconds,
+        device.compute_efficiency,
+        device.memory_efficiency,
+        device.random_bandwidth or 0.0,
+        device.message_seconds,
         link.bandwidth,
         link.latency_seconds,
         float(device.memory_bytes),
@@ -106,15 +110,18 @@ def test_the_cpu_measurement_gives_positive_finite_figures() -> None:
     assert all(math.isfinite(figure) and figure > 0 for figure in figures)
     assert device.peak_flops["float32"] > 1e8
     assert device.kernel_overhead_seconds < 1e-3
+    assert max(device.compute_efficiency, device.memory_efficiency) <= 1
+    assert (device.random_bandwidth or 0.0) < device.memory_bandwidth
     assert cluster.num_devices == 1
     assert cluster.provenance.startswith("measured here on ")
 
 
 def test_a_transfer_beyond_its_deadline_is_given_up() -> None:
     assert _measure_transfer(0.05) is None
-    link = _measure_transfer(30.0)
-    assert link is not None
-    assert link.bandwidth > 1e6
+    transfer = _measure_transfer(30.0)
+    assert transfer is not None
+    assert transfer.link.bandwidth > 1e6
+    assert transfer.message_seconds > 0
 
 
 def test_processes_beyond_the_cores_share_them() -> None:
@@ -123,7 +130,8 @@ def test_processes_beyond_the_cores_share_them() -> None:
     assert many.memory_bandwidth < one.memory_bandwidth
     assert measure_cpu(1000).network.bandwidth < measure_cpu(1).network.bandwidth
     assert many.memory_bytes == one.memory_bytes // 1000
-    assert many.kernel_overhead_seconds == one.kernel_overhead_seconds
+    assert many.kernel_overhead_seconds > one.kernel_overhead_seconds
+    assert many.message_seconds > one.message_seconds
 
 
 def test_the_measurement_is_made_once_and_leaves_the_threads_alone() -> None:

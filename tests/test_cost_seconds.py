@@ -132,3 +132,11 @@ def test_update_reads_and_writes_weights_gradients_and_slots() -> None:
     assert update_seconds(10**9, DEVICE, 0) == pytest.approx(16e9 / 0.8e11)
     assert update_seconds(10**9, DEVICE, 0, element_bytes=2) == pytest.approx(8e9 / 0.8e11)
     assert update_seconds(1, DEVICE, 2) == 1e-6
+
+
+def test_kernels_that_draw_have_their_own_rate_where_the_device_has_one() -> None:
+    drawing = dataclasses.replace(kernel(0, 8 * 10**8), draws=True)
+    assert layer_seconds(layer(drawing), DEVICE)[0] == pytest.approx(1e-2)
+    slow = dataclasses.replace(DEVICE, random_bandwidth=1e9)
+    assert layer_seconds(layer(drawing), slow)[0] == pytest.approx(0.8)
+    assert layer_seconds(layer(kernel(0, 8 * 10**8)), slow)[0] == pytest.approx(1e-2)

@@ -5,14 +5,13 @@ thread; they are cached, so that one process always sees one machine.
 """
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,33 +21,19 @@ from planner.cluster.types import Cluster, Device, Host, Link
 from planner.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
+    from planner.cluster.kernels import KernelRates
 
 __all__ = ["measure_cpu"]
 
 _RESERVED_BYTES = 300 * 2**20  # resident size of a Python process that has imported torch
-_BUFFER_BYTES = 64 * 2**20  # beyond most caches: two of them are read and written
 _TRANSFER_DEADLINE_SECONDS = 10.0  # importing torch takes one, on a busy machine several
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Machine:
-    """What one thread of this machine reaches."""
-
-    num_cores: int
-    memory_bytes: int
-    flops: dict[str, float]
-    memory_bandwidth: float
-    kernel_overhead_seconds: float
-    link: Link
-    provenance: str
 
 
 def measure_cpu(num_processes: int) -> Cluster:
     """One host of `num_processes` processes that share this machine's cores and memory.
 
-    Where there are more processes than cores, each one's flop/s, memory bandwidth and loopback
-    bandwidth (a loopback transfer is CPU work) shrink in proportion.
+    Where there are more processes than cores, each one gets its share of them, for kernels and
+    for transfers (a loopback transfer is CPU work).
 
     Raises:
         UsageError: `num_processes` is below 1.
@@ -56,23 +41,22 @@ def measure_cpu(num_processes: int) -> Cluster:
     if num_processes < 1:
         raise UsageError(f"the number of processes is {num_processes}", hint="ask for at least one")
     machine = _measure_machine()
+    rates, transfer = machine.rates, machine.transfer
     share = min(1.0, machine.num_cores / num_processes)
     device = Device(
         name="cpu",
         memory_bytes=machine.memory_bytes // num_processes,
-        peak_flops={dtype: flops * share for dtype, flops in machine.flops.items()},
-        memory_bandwidth=machine.memory_bandwidth * share,
-        kernel_overhead_seconds=machine.kernel_overhead_seconds,
-        compute_efficiency=1.0,
-        memory_efficiency=1.0,
+        peak_flops={dtype: flops * share for dtype, flops in rates.peak_flops.items()},
+        memory_bandwidth=rates.memory_bandwidth * share,
+        kernel_overhead_seconds=rates.kernel_overhead_seconds / share,
+        compute_efficiency=rates.compute_efficiency,
+        memory_efficiency=rates.memory_efficiency,
         reserved_bytes=_RESERVED_BYTES,
         provenance=machine.provenance,
+        random_bandwidth=rates.random_bandwidth * share,
+        message_seconds=transfer.message_seconds / share,
     )
-    link = Link(
-        name=machine.link.name,
-        bandwidth=machine.link.bandwidth * share,
-        latency_seconds=machine.link.latency_seconds,
-    )
+    link = replace(transfer.link, bandwidth=transfer.link.bandwidth * share)
     return Cluster(
         name="cpu",
         hosts=(Host(device=device, num_devices=num_processes, link=link),),
@@ -82,62 +66,49 @@ def measure_cpu(num_processes: int) -> Cluster:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfer:
+    """gloo over loopback."""
+
+    link: Link
+    message_seconds: float
+    """Processor time of each end of a small message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Machine:
+    """What this machine has, and what one thread of it reaches."""
+
+    num_cores: int
+    memory_bytes: int
+    rates: "KernelRates"
+    transfer: _Transfer
+    provenance: str
+
+
 @cache
 def _measure_machine() -> _Machine:
-    import torch  # takes a second to load, and clusters known by name do not need it
+    # Loads torch, which takes a second, and clusters known by name do not need it.
+    from planner.cluster.kernels import measure_kernels
 
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        flops = {
-            "float32": _matrix_flops(torch.float32, 768),
-            "float64": _matrix_flops(torch.float64, 512),
-            "bfloat16": _matrix_flops(torch.bfloat16, 256),
-        }
-        source = torch.ones(_BUFFER_BYTES // 4)
-        target = torch.empty_like(source)
-        copy_seconds = _best_seconds(lambda: target.copy_(source), repeats=5)
-        one = torch.ones(1)
-        add_seconds = _best_seconds(lambda: [one + 1 for _ in range(500)], repeats=5) / 500
-        transfer = _measure_transfer(_TRANSFER_DEADLINE_SECONDS)
-    finally:
-        torch.set_num_threads(num_threads)
+    rates = measure_kernels()
+    transfer = _measure_transfer(_TRANSFER_DEADLINE_SECONDS)
     note = "" if transfer else "; loopback transfer could not be measured: documented figures"
     num_cores = _num_cores()
+    version = importlib.metadata.version("torch")
     return _Machine(
         num_cores=num_cores,
         memory_bytes=_available_bytes(),
-        flops=flops,
-        memory_bandwidth=2 * _BUFFER_BYTES / copy_seconds,
-        kernel_overhead_seconds=add_seconds,
-        link=transfer or link_spec("loopback").to_link(),
+        rates=rates,
+        transfer=transfer or _documented_transfer(),
         provenance=(
             f"measured here on {datetime.date.today().isoformat()}: {num_cores} cores "
-            f"({platform.machine()}), one thread per process, torch {torch.__version__}{note}"
+            f"({platform.machine()}), one thread per process, torch {version}{note}"
         ),
     )
 
 
-def _matrix_flops(dtype: "torch.dtype", size: int) -> float:
-    """flop/s of a square matrix product on the current threads."""
-    import torch
-
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    return float(2 * size**3) / _best_seconds(lambda: left @ right, repeats=5)
-
-
-def _best_seconds(work: Callable[[], object], *, repeats: int) -> float:
-    """Shortest of some runs, the first one (which warms up) left out."""
-    work()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _measure_transfer(deadline_seconds: float) -> Link | None:
+def _measure_transfer(deadline_seconds: float) -> _Transfer | None:
     """gloo between two ranks over the loopback interface; None where that does not work."""
     script = Path(__file__).with_name("loopback.py")
     try:
@@ -151,16 +122,25 @@ def _measure_transfer(deadline_seconds: float) -> Link | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    seconds = {int(num_bytes): value for num_bytes, value in json.loads(output).items()}
-    if len(seconds) < 2:
+    figures: dict[str, float] = json.loads(output)
+    if len(figures) < 3:
         return None
+    message_seconds = figures.pop("end")
+    seconds = {int(num_bytes): value for num_bytes, value in figures.items()}
     small, large = min(seconds), max(seconds)
     latency_seconds = seconds[small]
-    return Link(
+    link = Link(
         name="loopback",
         bandwidth=large / max(seconds[large] - latency_seconds, 1e-9),
         latency_seconds=latency_seconds,
     )
+    return _Transfer(link=link, message_seconds=message_seconds)
+
+
+def _documented_transfer() -> _Transfer:
+    """Where nothing could be measured: a message costs its latency in processor time."""
+    link = link_spec("loopback").to_link()
+    return _Transfer(link=link, message_seconds=link.latency_seconds)
 
 
 def _num_cores() -> int:

@@ -25,6 +25,11 @@ class Device:
     """Taken by the driver, the context and communication libraries before any tensor."""
     provenance: str
     """Sources of the figures: one line."""
+    random_bandwidth: float | None = None
+    """Bytes per second of kernels that draw random numbers; None: as other kernels."""
+    message_seconds: float = 0.0
+    """Compute time that each end of a pipeline transfer loses to it: on a CPU a transfer is CPU
+    work; where a copy engine moves the bytes it is nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

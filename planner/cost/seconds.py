@@ -59,9 +59,11 @@ def layer_seconds(profile: LayerProfile, device: Device) -> tuple[float, float]:
 
 
 def _roofline_seconds(counts: Iterable[OperatorCount], device: Device) -> float:
-    bandwidth = device.memory_bandwidth * device.memory_efficiency
     seconds = 0.0
     for count in counts:
+        bandwidth = device.memory_bandwidth * device.memory_efficiency
+        if count.draws and device.random_bandwidth is not None:
+            bandwidth = device.random_bandwidth
         compute = peak_flops(device, count.dtype) * device.compute_efficiency
         slowest = max(
             count.flop / compute, count.moved_bytes / bandwidth, device.kernel_overhead_seconds

@@ -44,11 +44,11 @@ def lower(
     if placement.num_replicas == 1 and placement.partition:
         placement = replace(placement, partition=0)
     units = make_units(graph, placement)
+    routes = make_routes(graph, placement)
     stages = tuple(
-        make_stage(graph, profile, cluster, placement, units, index)
+        make_stage(graph, profile, cluster, placement, units, routes, index)
         for index in range(placement.num_stages)
     )
-    routes = make_routes(graph, placement)
     order = layered_order(placement)
     transfers = transfer_instructions(order, routes, placement.num_micro_batches)
     programs = tuple(

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from planner.cluster.types import Cluster
 from planner.cost import layer_seconds
 from planner.graph import LayerGraph
+from planner.lower.routes import Route
 from planner.plan.types import StagePlan, Unit
 from planner.profile import LayerProfile, Profile
 from planner.solve.types import Placement
 
-__all__ = ["kept_tensors", "make_stage"]
+__all__ = ["count_messages", "kept_tensors", "make_stage"]
 
 
 def make_stage(
@@ -19,15 +20,20 @@ def make_stage(
     cluster: Cluster,
     placement: Placement,
     units: Sequence[Unit],
+    routes: Sequence[Route],
     index: int,
 ) -> StagePlan:
-    """The StagePlan of one stage."""
+    """The StagePlan of one stage.
+
+    Its seconds include the compute time that its transfers take from the device, if any.
+    """
     first, last = placement.boundaries[index], placement.boundaries[index + 1] - 1
     code = graph.stage_code(first, last)
     layers = profile.layers[first : last + 1]
     rank = placement.stage_ranks[index]
     device = cluster.device(placement.world_rank(rank, 0))
     seconds = [layer_seconds(layer, device) for layer in layers]
+    forward_messages, backward_messages = count_messages(routes, index)
     recompute = placement.recompute[index]
     saved_bytes = _saved_bytes(graph, layers, code.inputs + code.outputs + code.batch_keys)
     return StagePlan(
@@ -41,12 +47,24 @@ def make_stage(
         batch_keys=code.batch_keys,
         units=tuple(unit.name for unit in units if index in unit.stages),
         mutated_inputs=code.mutated_inputs,
-        forward_seconds=math.fsum(forward for forward, _ in seconds),
-        backward_seconds=math.fsum(backward for _, backward in seconds),
+        forward_seconds=math.fsum(forward for forward, _ in seconds)
+        + device.message_seconds * forward_messages,
+        backward_seconds=math.fsum(backward for _, backward in seconds)
+        + device.message_seconds * backward_messages,
         saved_bytes=saved_bytes,
         forward_transient_bytes=_forward_transient(graph, layers, saved_bytes, recompute),
         backward_transient_bytes=max(layer.backward_transient_bytes for layer in layers),
     )
+
+
+def count_messages(routes: Sequence[Route], stage: int) -> tuple[int, int]:
+    """Messages that a stage sends and receives in forward and in backward of one micro-batch."""
+    counts = [0, 0]
+    for route in routes:
+        for direction, hops in enumerate((route.forward_hops(), route.backward_hops())):
+            for source, destination in hops:
+                counts[direction] += stage in (route.chain[source], route.chain[destination])
+    return counts[0], counts[1]
 
 
 def kept_tensors(profile: Profile, placement: Placement, index: int) -> set[str]:

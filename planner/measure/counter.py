@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.measure.flop import count_flop
+from planner.operators import is_random_operator
 from planner.profile import OperatorCount
 
 __all__ = ["KernelCounter", "SavedTensors", "storage_key", "tensors_in"]
@@ -36,7 +37,7 @@ class KernelCounter(TorchDispatchMode):
 
     def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._counts: Counter[tuple[int, int, str]] = Counter()
+        self._counts: Counter[tuple[int, int, str, bool]] = Counter()
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._existing = list(existing)
         self._existing_keys = {storage_key(tensor) for tensor in self._existing}
@@ -47,8 +48,10 @@ class KernelCounter(TorchDispatchMode):
     def counts(self) -> tuple[OperatorCount, ...]:
         """Equal kernels together, in order of first appearance."""
         return tuple(
-            OperatorCount(flop=flop, moved_bytes=moved, dtype=dtype, num_kernels=number)
-            for (flop, moved, dtype), number in self._counts.items()
+            OperatorCount(
+                flop=flop, moved_bytes=moved, dtype=dtype, num_kernels=number, draws=draws
+            )
+            for (flop, moved, dtype, draws), number in self._counts.items()
         )
 
     def restart(self) -> int:
@@ -65,7 +68,8 @@ class KernelCounter(TorchDispatchMode):
         if _is_kernel(func, inputs, outputs):
             flop = count_flop(func, args, kwargs, result)
             moved = _moved_bytes([*inputs, *outputs])
-            self._counts[flop, moved, _dtype([*outputs, *inputs])] += 1
+            draws = is_random_operator(func, args, kwargs)
+            self._counts[flop, moved, _dtype([*outputs, *inputs]), draws] += 1
         for tensor in outputs:
             self._watch(tensor)
         return result
