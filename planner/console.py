@@ -1,21 +1,93 @@
-"""What every command prints through, and how it says that something is wrong.
+"""What every command shares: what it prints through, its kinds of numbers, how it refuses.
 
-Knows the terminal. Does not know what any command does.
+Knows the terminal and the command line. Does not know what any command does.
 """
 
-from collections.abc import Iterator
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import click
 from rich.console import Console
 from rich.text import Text
 
-from planner.errors import LgaError
+from planner.errors import LgaError, UsageError
 
-__all__ = ["command_errors", "console", "error_console", "print_error"]
+__all__ = [
+    "DEVICES",
+    "HELP",
+    "SAMPLES",
+    "SECONDS",
+    "SEED",
+    "Count",
+    "Seconds",
+    "check_can_write",
+    "command_errors",
+    "console",
+    "error_console",
+    "print_error",
+]
 
-console = Console()
+_LOG_COLUMNS = 140
+"""Width of tables in a file or a pipe, where there is no terminal to ask."""
+
+
+class Count(click.IntRange):
+    """A number from 1 to a bound beyond which it is a slip, and planning would take hours."""
+
+    name = "integer"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(min=1)
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        count = int(super().convert(value, param, ctx))
+        if count > self.most:
+            self.fail(f"{count} is more than the {self.most} that can be planned.", param, ctx)
+        return count
+
+
+class Seconds(click.FloatRange):
+    """A finite number of seconds above 0."""
+
+    name = "seconds"
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is not a finite number of seconds.", param, ctx)
+        return seconds
+
+
+DEVICES = Count(1 << 13)
+SAMPLES = Count(1 << 24)
+"""And whatever else divides them."""
+SECONDS = Seconds()
+SEED = click.IntRange(0, 2**31 - 1)
+"""What both the solver and torch take."""
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+"""Settings of every command."""
+
+
+def _width(is_terminal: bool) -> int | None:
+    """Columns to print; None asks the terminal, or COLUMNS."""
+    return None if is_terminal or "COLUMNS" in os.environ else _LOG_COLUMNS
+
+
+console = Console(width=_width(sys.stdout.isatty()))
 """Standard output: results."""
-error_console = Console(stderr=True)
+error_console = Console(stderr=True, width=_width(sys.stderr.isatty()))
 """Standard error: progress and errors."""
 
 
@@ -41,3 +113,30 @@ def print_error(message: str, hint: str = "") -> None:
     if hint:
         text.append("\n  try: ", style="bold").append(hint, style="not bold default")
     error_console.print(text, soft_wrap=True, highlight=False)
+
+
+def check_can_write(path: Path, option: str, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse an output file now rather than when the work for it is done.
+
+    `option` is what the user named it with; `inputs` are files that must not be overwritten.
+
+    Raises:
+        UsageError: its folder is missing or not writable, or it is a folder or an input.
+    """
+    hint = f"give another path with {option}"
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder", hint=hint)
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"cannot write {path}: there is no folder {path.parent}",
+            hint=f"mkdir -p {path.parent}, or {hint}",
+        )
+    for other in map(Path, inputs):
+        if path.exists() and other.exists() and path.samefile(other):
+            raise UsageError(f"cannot write {path}: it is an input of this command", hint=hint)
+    try:
+        # Asking for permissions is not enough: a file system can be read-only, or no real one.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint=hint) from None

@@ -16,7 +16,7 @@ from planner.errors import CheckError, ModelFileError
 from planner.graph import LayerGraph
 from planner.lower import lower
 from planner.measure import measure
-from planner.model_file import ModelFile
+from planner.model_file import ModelFile, raised_at
 from planner.plan.types import Plan, PlanOptions, Prediction
 from planner.simulate import Simulation, simulate
 from planner.solve import Constraints, Placement, Problem, Simulated, Solution, solve
@@ -159,12 +159,15 @@ def _count_optimizer_slots(model_file: ModelFile) -> int:
     parameter.grad = torch.zeros(2, 2)
     try:
         optimizer = model_file.build_optimizer([parameter])
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"it returned {type(optimizer).__name__}, not an Optimizer")
         optimizer.step()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelFileError(
             f"build_optimizer of {model_file.name} failed on one parameter of 2 x 2: "
-            f"{type(error).__name__}: {error}",
-            hint="it takes a list of parameters and returns a torch.optim.Optimizer",
+            f"{type(error).__name__}: {error}{raised_at(error)}",
+            hint="it takes a list of parameters and returns a torch.optim.Optimizer, whose step() "
+            "needs no closure",
         ) from None
     state = optimizer.state[parameter].values()
     return sum(isinstance(value, torch.Tensor) and value.numel() == 4 for value in state)

@@ -1,4 +1,4 @@
-"""The runtime: executes a plan. `Executor` runs one rank's part; `runtime.main` runs a whole job."""
+"""The runtime: executes a plan. `Executor` runs one rank's part of it."""
 
 from runtime.executor import Executor, StepResult
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
+from planner.console import HELP, check_can_write
 from planner.errors import LgaError, UsageError
-from runtime.failure import FailureReport, end_process
-from runtime.inputs import load_inputs
+from planner.model_file import raised_at
+from runtime.failure import LAUNCHED_BY_LGA_RUN, FailureReport, end_process
+from runtime.inputs import check_machine, load_inputs
 from runtime.main import run_rank
 from runtime.options import RunOptions, run_arguments, run_options
 
 
-@click.command(name="python -m runtime")
+@click.command(name="python -m runtime", context_settings=HELP)
 @run_arguments
 @run_options
 def main(plan_path: Path, model_path: str, **options: Any) -> None:
@@ -24,10 +26,14 @@ def main(plan_path: Path, model_path: str, **options: Any) -> None:
     chosen = RunOptions(**options)
     try:
         plan, model_file = load_inputs(plan_path, model_path)
+        check_machine(plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if chosen.save_path is not None and os.environ.get("RANK", "0") == "0":  # which writes it
+            check_can_write(chosen.save_path, "--save", [plan_path, model_file.path])
         run_rank(chosen.adjust(plan), model_file, chosen)
     except UsageError as error:
         # The ranks of a host find the same: one says so, the others speak only if it does not.
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        # lga-run itself says once what all have found.
+        if LAUNCHED_BY_LGA_RUN not in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
             time.sleep(2.0)
         end_process(FailureReport.of(error))
     except (LgaError, SystemExit) as error:
@@ -36,7 +42,8 @@ def main(plan_path: Path, model_path: str, **options: Any) -> None:
         sys.stderr.flush()
         os._exit(130)
     except BaseException as error:
-        traceback.print_exception(error)
+        if not raised_at(error):  # not in the user's code: a defect, which the frames locate
+            traceback.print_exception(error)
         end_process(FailureReport.of(error))
 
 

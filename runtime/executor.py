@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planner.errors import UsageError
+from planner.errors import RunError, UsageError
 from planner.plan.types import Opcode, Plan
 from planner.timeline import Event, Timeline
 from runtime.code import LossFunction
@@ -81,6 +81,7 @@ class Executor:
             build_scheduler,
             torch.device(device),
         )
+        self._broken = ""
         self.device = self._rank.device
         self.rank, self.replica = self._rank.rank, self._rank.replica
         self.loads_batch = any(i.opcode is Opcode.LOAD for i in self._rank.program)
@@ -103,11 +104,23 @@ class Executor:
 
         Raises:
             UsageError: a key is missing, or a tensor has another size than the plan's.
-            RunError: a transfer failed, a peer was lost, or a deadline passed.
+            RunError: a transfer failed, a peer was lost, or a deadline passed; or the executor
+                is closed or was stopped by an error in the middle of an earlier step.
         """
-        rank = self._rank
+        if self._broken:
+            raise RunError(
+                f"this executor {self._broken}, so it cannot take another step",
+                hint="build a new Executor",
+            )
         if self.loads_batch:
             self._check_batch(batch)
+        self._broken = "was stopped in the middle of a step"
+        result = self._run_program(batch)
+        self._broken = ""
+        return result
+
+    def _run_program(self, batch: Mapping[str, Tensor]) -> StepResult:
+        rank = self._rank
         rank.batch, rank.losses = batch, {}
         events = []
         origin = time.perf_counter()
@@ -147,11 +160,16 @@ class Executor:
                 what = f"state of unit {state.unit.name}"
                 self._rank.transport.gather(state.shard, flat, what).wait()
             found.update({name: view.clone() for name, view in state.views(flat)})
+        return found | self.buffers()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers of the modules in this rank's stages, by name."""
         paths = {s.path for stage in self._rank.stages.values() for s in stage.plan.code if s.path}
-        for path in sorted(paths):
-            for name, buffer in self._model.get_submodule(path).named_buffers(prefix=path):
-                found[name] = buffer.clone()
-        return found
+        return {
+            name: buffer.clone()
+            for path in sorted(paths)
+            for name, buffer in self._model.get_submodule(path).named_buffers(prefix=path)
+        }
 
     def resident_tensors(self) -> list[Tensor]:
         """Everything that stays allocated between steps."""
@@ -159,6 +177,7 @@ class Executor:
 
     def close(self) -> None:
         """End the executor's thread. The transport is closed by whoever made it."""
+        self._broken = "is closed"
         self._rank.sends.close()
 
     def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
@@ -175,4 +194,11 @@ class Executor:
                     f"plan is for {expected}: {self.plan.num_micro_batches} micro-batches of "
                     f"{self.plan.micro_batch_size} samples per replica",
                     hint="give such a batch, or plan again with another --batch-size",
+                )
+            dtype = str(batch[spec.name].dtype).removeprefix("torch.")
+            if dtype != spec.dtype:
+                raise UsageError(
+                    f"batch key {spec.name!r} is of {dtype}, but the plan is for {spec.dtype}",
+                    hint=f"convert it, as example_batch does: batch[{spec.name!r}].to(torch."
+                    f"{spec.dtype})",
                 )

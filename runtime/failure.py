@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from planner.errors import LgaError
+from planner.model_file import raised_at
 
 __all__ = ["LAUNCHED_BY_LGA_RUN", "FailureReport", "end_process", "read_report"]
 
@@ -36,9 +37,11 @@ class FailureReport:
             case LgaError():
                 text, hint, code = error.message, error.hint, error.exit_code
             case SystemExit():
-                text, hint, code = f"the model or data called sys.exit({error.code!r})", "", 1
+                text = f"the model or data called sys.exit({error.code!r}){raised_at(error)}"
+                hint, code = "", 1
             case _:
-                text, hint, code = f"{type(error).__name__}: {error}".rstrip(": "), "", 1
+                text = f"{type(error).__name__}: {error}".rstrip(": ") + raised_at(error)
+                hint, code = "", 1
         return cls(message=text, hint=hint, consequence=consequence, exit_code=code)
 
 

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from planner.graph import TensorSpec
 from planner.plan.types import Instruction, Opcode
+from runtime.layout import dense_stride, empty, flat, with_traced_layout
 from runtime.shards import UnitState
 from runtime.state import RankState
 
@@ -40,9 +40,9 @@ def _release(rank: RankState, instruction: Instruction) -> None:
 def _receive(rank: RankState, instruction: Instruction) -> None:
     assert instruction.peer is not None
     (name,) = instruction.writes
-    tensor = _empty(rank.specs[_tensor_of(name)], rank.device)
+    tensor = empty(rank.specs[_tensor_of(name)], rank.device)
     rank.buffers[name] = tensor
-    pending = rank.transport.receive(instruction.peer, _flat(tensor), _describe(instruction))
+    pending = rank.transport.receive(instruction.peer, flat(tensor), _describe(instruction))
     rank.buffers.pending(instruction, pending)
 
 
@@ -50,11 +50,11 @@ def _send(rank: RankState, instruction: Instruction) -> None:
     assert instruction.peer is not None
     (name,) = instruction.reads
     spec, tensor = rank.specs[_tensor_of(name)], rank.buffers[name]
-    if tensor.stride() != _dense_stride(spec):
-        tensor = _empty(spec, rank.device).copy_(tensor)
-    flat = _flat(tensor)
-    pending = rank.transport.send(instruction.peer, flat, _describe(instruction))
-    rank.sends.add(pending, flat)
+    if tensor.stride() != dense_stride(spec.shape, spec.stride):
+        tensor = empty(spec, rank.device).copy_(tensor)
+    vector = flat(tensor)
+    pending = rank.transport.send(instruction.peer, vector, _describe(instruction))
+    rank.sends.add(pending, vector)
 
 
 def _forward(rank: RankState, instruction: Instruction) -> None:
@@ -68,7 +68,7 @@ def _forward(rank: RankState, instruction: Instruction) -> None:
         rank.buffers[_saved_name(instruction)] = saved
     assert instruction.micro_batch is not None
     for name, value in outputs.items():
-        rank.buffers[f"{name}.{instruction.micro_batch}"] = value
+        rank.buffers[f"{name}.{instruction.micro_batch}"] = rank.weights.apart(value)
     if "loss" in outputs:
         rank.losses[instruction.micro_batch] = outputs["loss"]
 
@@ -86,20 +86,28 @@ def _backward(rank: RankState, instruction: Instruction) -> None:
         if name.startswith("gradient:")
     }
     if "loss" in stage.plan.outputs:
-        gradients["loss"] = rank.loss_gradient
+        assert instruction.micro_batch is not None
+        loss = rank.losses[instruction.micro_batch]
+        gradients["loss"] = torch.ones_like(loss) / rank.num_losses
     units = [rank.units[name] for name in stage.plan.units if rank.units[name].unit.trainable]
     for state in units:
         _prepare_gradients(rank, state, instruction)
-    found = stage.backward(rank.buffers[_saved_name(instruction)], gradients)
+    parts = [
+        (state.parameters[key], part)
+        for state in units
+        if (name := _part_name(state, instruction)) in instruction.reads
+        for key, part in rank.buffers[name].items()
+    ]
+    found = stage.backward(rank.buffers[_saved_name(instruction)], gradients, parts)
     for state in units:
         if state.unit.exact:
-            _add_part(rank, state, instruction)
+            _hand_on_part(rank, state, instruction)
     for name in instruction.writes:
         if name.startswith("gradient:"):
             tensor = _tensor_of(name)
             gradient = found.get(tensor)
             if gradient is None:  # the stage reads it, but no path of the loss goes through
-                gradient = _empty(rank.specs[tensor], rank.device).zero_()
+                gradient = empty(rank.specs[tensor], rank.device).zero_()
             rank.buffers[name] = gradient
 
 
@@ -115,13 +123,14 @@ def _prepare_gradients(rank: RankState, state: UnitState, instruction: Instructi
         state.attach_gradients(total)
 
 
-def _add_part(rank: RankState, state: UnitState, instruction: Instruction) -> None:
-    """Add up the uses of one micro-batch, last use first, before they enter the sum."""
-    name = f"part:{state.unit.name}.{instruction.micro_batch}"
+def _part_name(state: UnitState, instruction: Instruction) -> str:
+    return f"part:{state.unit.name}.{instruction.micro_batch}"
+
+
+def _hand_on_part(rank: RankState, state: UnitState, instruction: Instruction) -> None:
+    """What the uses of one micro-batch sum to so far: to an earlier stage, at last to the sum."""
+    name = _part_name(state, instruction)
     taken = state.take_gradients()
-    if name in instruction.reads:
-        for key, gradient in rank.buffers[name].items():
-            taken[key] = gradient.add_(taken[key]) if key in taken else gradient
     if name in instruction.writes:
         rank.buffers[name] = taken
         return
@@ -190,7 +199,10 @@ def _stage_inputs(
     stage, micro_batch = rank.stage(instruction), instruction.micro_batch
     assert micro_batch is not None
     rank.random.begin(step=rank.step, replica=rank.replica, micro_batch=micro_batch)
-    inputs = {name: rank.buffers[f"{name}.{micro_batch}"] for name in stage.plan.inputs}
+    inputs = {
+        name: with_traced_layout(rank.buffers[f"{name}.{micro_batch}"], rank.specs[name])
+        for name in stage.plan.inputs
+    }
     batch = {key: rank.buffers[f"batch:{key}.{micro_batch}"] for key in stage.plan.batch_keys}
     return inputs, batch
 
@@ -209,36 +221,6 @@ def _saved_name(instruction: Instruction) -> str:
 def _tensor_of(buffer: str) -> str:
     """`h` of `h.3`, `gradient:h.3` or `batch:h.3`."""
     return buffer.rpartition(":")[2].rpartition(".")[0]
-
-
-def _empty(spec: TensorSpec, device: torch.device) -> Tensor:
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    return torch.empty_strided(spec.shape, _dense_stride(spec), dtype=dtype, device=device)
-
-
-def _dense_stride(spec: TensorSpec) -> tuple[int, ...]:
-    """The traced layout, so that kernels do what they did in the whole model.
-
-    A layout with gaps or overlaps (a slice, an expanded tensor) travels as a contiguous tensor.
-    """
-    dense = contiguous = 1
-    by_stride = sorted(zip(spec.stride, spec.shape, strict=True))
-    for stride, size in by_stride:
-        if size > 1 and stride != dense:
-            break
-        dense *= size
-    else:
-        return spec.stride
-    strides = []
-    for size in reversed(spec.shape):
-        strides.append(contiguous)
-        contiguous *= size
-    return tuple(reversed(strides))
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The tensor's elements in memory order, as one dense vector, without a copy."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _describe(instruction: Instruction) -> str:

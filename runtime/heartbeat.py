@@ -61,7 +61,10 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """This rank has ended well. Returns when all ranks have, and goes on watching till then."""
+        """This rank has ended well. Returns when all ranks have, and goes on watching till then.
+
+        Ends the process if that takes longer than the plan's deadline.
+        """
         self._ends.set()
         self._thread.join()
 
@@ -89,7 +92,13 @@ class Heartbeat:
                 self._store.compare_set(_VERDICT, "", text if here in text else f"{here}: {text}")
                 return
             self._store.add(_NUM_DONE, 1)
-            while self._store.add(_NUM_DONE, 0) < self._plan.world_size:
+            ends = time.monotonic() + self._plan.options.deadline_seconds
+            while (num_done := self._store.add(_NUM_DONE, 0)) < self._plan.world_size:
+                if time.monotonic() > ends:
+                    self._end(
+                        f"only {num_done} of {self._plan.world_size} ranks have ended, "
+                        f"{self._plan.options.deadline_seconds:g} s after this one"
+                    )
                 self._beat()
                 time.sleep(self._beat_seconds / 20)
         except RuntimeError:  # every error of the store

@@ -1,19 +1,27 @@
-"""The plan and the model that a run is given, read and compared."""
+"""The plan, the model and the machine that a run is given, read and compared."""
 
+from collections.abc import Callable, Sized
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from planner.errors import FingerprintError, ModelFileError
-from planner.model_file import ModelFile, fingerprint, load_model_file
+from planner.errors import FingerprintError, ModelFileError, UsageError
+from planner.model_file import ModelFile, build_on_meta, fingerprint, load_model_file
 from planner.plan.file import read_plan
 from planner.plan.types import Plan
 
-__all__ = ["load_inputs"]
+__all__ = ["CheckedDataset", "check_machine", "load_inputs"]
 
 
 def load_inputs(plan_path: Path, model_path: str) -> tuple[Plan, ModelFile]:
     """Read both, and make sure that they belong together.
+
+    The items of the model file's dataset are compared with the plan when they are read.
 
     Raises:
         PlanFileError: the plan is missing or damaged.
@@ -24,19 +32,86 @@ def load_inputs(plan_path: Path, model_path: str) -> tuple[Plan, ModelFile]:
     # A file that builds its layers when it is loaded must draw the same weights on every rank.
     torch.manual_seed(plan.options.seed)
     model_file = load_model_file(model_path)
-    try:
-        with torch.device("meta"):
-            model = model_file.build_model()
-    except Exception as error:
-        raise ModelFileError(
-            f"{model_path}: build_model() raised {type(error).__name__}: {error}",
-            hint="it is called under torch.device('meta'): read no parameter's value in it",
-        ) from error
-    found = fingerprint(model)
+    found = fingerprint(build_on_meta(model_file.build_model, model_file.name))
     if found != plan.fingerprint:
         raise FingerprintError(
             f"{plan_path} was made for another model ({plan.model_name}, fingerprint "
             f"{plan.fingerprint[:12]}) than {model_path} builds (fingerprint {found[:12]})",
-            hint=f"plan again: lga-plan {model_path}",
+            hint=f"plan again: lga-plan {model_path} --gpus {plan.world_size}",
         )
+    if model_file.build_dataset is not None:
+        builder = _checked_builder(model_file.build_dataset, plan)
+        model_file = replace(model_file, build_dataset=builder)
     return plan, model_file
+
+
+def check_machine(plan: Plan, num_ranks: int) -> None:
+    """Refuse a plan for GPUs where `num_ranks` processes would not find one each.
+
+    Raises:
+        UsageError: too few GPUs here.
+    """
+    num_gpus = torch.cuda.device_count() if plan.backend == "nccl" else num_ranks
+    if num_gpus < num_ranks:
+        raise UsageError(
+            f"the plan is for GPUs (cluster {plan.cluster.name}, backend nccl) and would run "
+            f"{num_ranks} ranks on this machine, which has {num_gpus or 'no'} GPUs for torch",
+            hint=f"plan for processes of this machine: lga-plan ... --gpus {plan.world_size} "
+            "--cluster cpu",
+        )
+
+
+def _checked_builder(build_dataset: Callable[[], Any], plan: Plan) -> Callable[[], Any]:
+    def build() -> Any:
+        dataset = build_dataset()
+        readable = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+        return CheckedDataset(dataset, plan) if readable else dataset
+
+    return build
+
+
+class CheckedDataset(Dataset[dict[str, Any]]):
+    """A map-style dataset whose items are compared with what the plan was made for."""
+
+    def __init__(self, dataset: Any, plan: Plan) -> None:
+        self._dataset = dataset
+        self._specs = {spec.name: (spec.shape[1:], spec.dtype) for spec in plan.batch}
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """
+        Raises:
+            ModelFileError: the item is no dict, lacks a key, or has one of another shape or type.
+        """
+        item = self._dataset[index]
+        if not isinstance(item, dict):
+            raise _item_error(index, f"is a {type(item).__name__}, not a dict", self._specs)
+        for name, (shape, dtype) in self._specs.items():
+            if name not in item:
+                has = ", ".join(map(repr, item)) or "nothing"
+                raise _item_error(index, f"has no key {name!r}; it has {has}", self._specs)
+            found = _described(item[name])
+            expected = f"{dtype} of shape {tuple(shape)}"
+            if found != expected:
+                what = f"holds in {name!r} {found}, but the plan is for {expected}"
+                raise _item_error(index, what, self._specs)
+        return item
+
+
+def _described(value: Any) -> str:
+    """Type and shape of what torch's default_collate makes a batch from."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if isinstance(value, int | float | np.ndarray | np.generic):
+        return _described(torch.as_tensor(np.asarray(value)))
+    return f"a {type(value).__name__}"
+
+
+def _item_error(index: int, what: str, specs: dict[str, Any]) -> ModelFileError:
+    return ModelFileError(
+        f"item {index} of build_dataset() {what}",
+        hint=f"give a dict with {', '.join(specs)}: tensors as in example_batch, without the "
+        "batch dimension",
+    )

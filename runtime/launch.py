@@ -18,24 +18,25 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from planner.console import command_errors, print_error
+from planner.console import HELP, check_can_write, command_errors, print_error
 from planner.errors import UsageError
 from runtime.failure import LAUNCHED_BY_LGA_RUN, FailureReport, read_report
-from runtime.inputs import load_inputs
+from runtime.inputs import check_machine, load_inputs
 from runtime.options import RunOptions, run_arguments, run_options
 from runtime.ranks import rank_name
 
 __all__ = ["launch", "main"]
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @run_arguments
 @run_options
 @command_errors()
 def main(plan_path: Path, model_path: str, **options: Any) -> None:
-    """Train MODEL (a .py file or a module) as PLAN says, on this machine.
+    """Train MODEL (a .py file or a module) as the plan file PLAN says, on this machine.
 
-    For several hosts: torchrun ... -m runtime PLAN MODEL
+    Starts one process for each rank of the plan. For several hosts, start the ranks with
+    `torchrun ... -m runtime PLAN MODEL`, which takes the same options.
     """
     sys.exit(launch(plan_path, model_path, RunOptions(**options)))
 
@@ -46,7 +47,8 @@ def launch(plan_path: Path, model_path: str, options: RunOptions) -> int:
     Nothing is started unless the plan and the model are sound and belong together.
 
     Raises:
-        UsageError: they are not, or this process is itself a rank of some launcher.
+        UsageError: they are not, this machine lacks the plan's devices, the state cannot be saved
+            where it should, or this process is itself a rank of some launcher.
     """
     if "WORLD_SIZE" in os.environ:
         raise UsageError(
@@ -54,7 +56,10 @@ def launch(plan_path: Path, model_path: str, options: RunOptions) -> int:
             f"(WORLD_SIZE is {os.environ['WORLD_SIZE']})",
             hint=f"torchrun ... -m runtime {plan_path} {model_path}",
         )
-    plan, _ = load_inputs(plan_path, model_path)
+    plan, model_file = load_inputs(plan_path, model_path)
+    check_machine(plan, plan.world_size)
+    if options.save_path is not None:
+        check_can_write(options.save_path, "--save", [plan_path, model_file.path])
     words = ["-m", "runtime", str(plan_path), model_path, *options.arguments()]
     with tempfile.TemporaryDirectory(prefix="lga-run-") as folder:
         config = _prepare(plan.world_size, folder)

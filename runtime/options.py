@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from planner.console import SECONDS, SEED
 from planner.plan.types import Plan
 
 __all__ = ["RunOptions", "run_arguments", "run_options"]
@@ -55,30 +56,37 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         default=10,
         show_default=True,
-        help="Optimizer updates.",
+        help="Optimizer updates to do.",
     ),
     click.option(
-        "--verify", is_flag=True, help="First compare one planned step with plain accumulation."
+        "--verify",
+        is_flag=True,
+        help="First compare the losses and gradients of one planned step with plain gradient "
+        "accumulation in one process; exit with 1 if they differ.",
     ),
     click.option(
         "--save",
         "save_path",
-        type=click.Path(dir_okay=False, path_type=Path),
-        help="Write the trained state to this file.",
+        type=click.Path(path_type=Path),
+        help="Write the trained model's state_dict to this file at the end (torch.load reads it).",
     ),
     click.option(
         "--log-every",
         type=click.IntRange(min=1),
         default=1,
         show_default=True,
-        help="Steps between lines of progress.",
+        help="Steps between two lines of progress.",
     ),
-    click.option("--seed", type=click.IntRange(min=0), help="Instead of the plan's."),
+    click.option(
+        "--seed",
+        type=SEED,
+        help="Of weights, order of samples and dropout  [default: the plan's]",
+    ),
     click.option(
         "--deadline",
         "deadline_seconds",
-        type=click.FloatRange(min=0, min_open=True),
-        help="Seconds that any transfer may take, instead of the plan's.",
+        type=SECONDS,
+        help="Longest wait for any transfer between ranks  [default: the plan's]",
     ),
 )
 _ARGUMENTS = (

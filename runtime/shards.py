@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from planner.plan.types import Plan, Unit
+from runtime.layout import dense_stride, flat
 
 __all__ = ["Piece", "UnitState", "WeightBuffers"]
+
+_ALIGNMENT_BYTES = 64
+"""Where torch's allocator starts tensors; kernels may choose their instructions by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,31 +45,40 @@ class UnitState:
         self.trainable = {name for name in unit.parameters if specs[name].trainable}
         self.parameters = {name: model.get_parameter(name) for name in unit.parameters}
         self.shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        self.ranges: dict[str, tuple[int, int]] = {}
-        first = 0
-        for name, parameter in self.parameters.items():
-            self.ranges[name] = (first, first + parameter.numel())
-            first += parameter.numel()
+        self.strides = {
+            name: dense_stride(p.shape, p.stride()) for name, p in self.parameters.items()
+        }
         self.partitioned = plan.partition == 3
+        self.ranges, length = self._ranges()
         parts = plan.num_replicas
-        self.part_length = math.ceil(first / parts)
-        self.padded_length = self.part_length * parts if self.partitioned else first
-        flat = torch.cat([p.detach().reshape(-1) for p in self.parameters.values()])
+        self.part_length = math.ceil(length / parts)
+        self.padded_length = self.part_length * parts if self.partitioned else length
+        example = next(iter(self.parameters.values()))
+        whole = example.detach().new_zeros(self.padded_length)
+        for name, view in self.views(whole):
+            view.copy_(self.parameters[name].detach())
         if self.partitioned:
-            padding = flat.new_zeros(self.padded_length - first)
             start = replica * self.part_length
-            self.shard = torch.cat([flat, padding])[start : start + self.part_length].clone()
+            self.shard = whole[start : start + self.part_length].clone()
             self.first, self.last = start, start + self.part_length
         else:
-            self.shard = flat
-            self.first, self.last = 0, first
-            self.attach_weights(flat)
+            self.shard = whole
+            self.first, self.last = 0, length
+            self.attach_weights(whole)
         self.pieces = tuple(self._pieces())
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view in the parameter's shape) of each parameter in a whole flat vector."""
         for name, (first, last) in self.ranges.items():
-            yield name, flat[first:last].view(self.shapes[name])
+            part = flat[first:last]
+            yield name, part.as_strided(self.shapes[name], self.strides[name])
+
+    def in_flat_order(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor like the parameter as one vector: its elements as they lie in the unit's."""
+        laid = torch.empty_strided(
+            self.shapes[name], self.strides[name], dtype=tensor.dtype, device=tensor.device
+        )
+        return flat(laid.copy_(tensor))
 
     def attach_weights(self, flat: Tensor) -> None:
         """The user's parameters become views of `flat` (at least the unpadded length)."""
@@ -97,7 +110,24 @@ class UnitState:
         """The optimizer's parameters get views of this rank's reduced gradient."""
         for piece in self.pieces:
             gradient = reduced[piece.first - self.first : piece.last - self.first]
-            piece.parameter.grad = gradient.view(piece.parameter.shape)
+            shape, stride = piece.parameter.shape, piece.parameter.stride()
+            piece.parameter.grad = gradient.as_strided(shape, stride)
+
+    def _ranges(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Where each parameter lies, and the length of all.
+
+        Whole vectors start each parameter where its own tensor would be aligned, because
+        convolutions add in another order otherwise. Partitioned ones are packed: with replicas
+        nothing is bitwise, and every byte of them travels.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, parameter in self.parameters.items():
+            step = 1 if self.partitioned else _ALIGNMENT_BYTES // parameter.element_size()
+            first = -(-end // step) * step
+            end = first + parameter.numel()
+            found[name] = (first, end)
+        return found, end
 
     def _pieces(self) -> Iterator[Piece]:
         for name, (first, last) in self.ranges.items():
@@ -116,6 +146,8 @@ class _Place:
     """A view of gathered weights, wherever the unit lies when it is needed."""
 
     unit: str
+    dtype: torch.dtype
+    """Not always the weights' own: a complex view of them counts in pairs."""
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -147,19 +179,34 @@ class WeightBuffers:
 
     def hold(self, buffer: str, state: UnitState) -> Tensor:
         """The part of a buffer that a unit is gathered into."""
+        for stale in [name for name, unit in self._unit_of.items() if unit == state.unit.name]:
+            del self._unit_of[stale]
         self._unit_of[buffer] = state.unit.name
         return self.tensors[buffer][: state.padded_length]
+
+    def apart(self, tensor: Tensor) -> Tensor:
+        """A stage's output, copied if it is a view of weights that another unit may replace."""
+        inside = tensor.untyped_storage().data_ptr() in self._by_address
+        return tensor.clone() if inside else tensor
 
     def pack(self, tensor: Tensor) -> "Tensor | _Place":
         buffer = self._by_address.get(tensor.untyped_storage().data_ptr())
         if buffer is None or tensor.numel() == 0:
             return tensor
+        if tensor.is_conj() or tensor.is_neg():
+            return tensor.resolve_conj().resolve_neg()
         return _Place(
-            self._unit_of[buffer], tensor.shape, tensor.stride(), int(tensor.storage_offset())
+            self._unit_of[buffer],
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            int(tensor.storage_offset()),
         )
 
     def unpack(self, packed: "Tensor | _Place") -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         buffer = next(name for name, held in self._unit_of.items() if held == packed.unit)
-        return self.tensors[buffer].as_strided(packed.shape, packed.stride, packed.offset)
+        whole = self.tensors[buffer]
+        place = torch.empty(0, dtype=packed.dtype, device=whole.device)
+        return place.set_(whole.untyped_storage(), packed.offset, packed.shape, packed.stride)

@@ -7,8 +7,8 @@ backward as the first summand, in the order in which autograd adds gradients whe
 runs at once: the sum is bitwise the same.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from planner.errors import UsageError
 from planner.plan.types import StagePlan
 from runtime.code import LossFunction, StageProgram
+from runtime.module_buffers import ModuleBuffers
 from runtime.random import KeyedRandom
 
-__all__ = ["Saved", "Stage"]
+__all__ = ["Saved", "Stage", "modules_of"]
 
 
 class _Entry(torch.autograd.Function):
@@ -60,6 +62,7 @@ class Stage:
         loss_fn: LossFunction | None,
         device: torch.device,
         random: KeyedRandom,
+        shared_modules: frozenset[int] = frozenset(),
     ) -> None:
         """
         Args:
@@ -69,31 +72,41 @@ class Stage:
             loss_fn: the user's loss, for the last stage.
             device: where it runs.
             random: keys of the random operators.
+            shared_modules: id() of modules that several stages call.
         """
         self.plan = plan
         self._gradient_tensors = gradient_tensors
         self._random = random
         self._program = StageProgram(plan.code, plan.outputs, model, device, random, loss_fn)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        paths = [s.path for s in plan.code if s.function == "layer"]
-        modules = {id(m): m for path in paths for m in model.get_submodule(path).modules()}
-        self._buffered = [module for module in modules.values() if module._buffers]
+        modules = modules_of(plan, model)
+        both = [m for key, m in modules.items() if key in shared_modules]
+        self._buffers = ModuleBuffers(tuple(modules.values()), both)
 
     def forward(
         self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Outputs, with nothing kept for backward."""
-        values = {
-            name: value.clone() if name in self.plan.mutated_inputs else value
-            for name, value in inputs.items()
-        }
-        with torch.no_grad():
-            return self._run(values, batch)
+        """Outputs, with nothing kept for backward.
+
+        Gradients stay enabled, because modules and kernels choose by it how they compute; what
+        the graph saves is let go at once.
+        """
+        with (
+            self._buffers.noted(keep=True),
+            torch.autograd.graph.saved_tensors_hooks(_let_go, _let_go),
+        ):
+            return self._forward(inputs, batch)[0]
 
     def forward_saving(
         self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Saved]:
         """Outputs (detached), and what backward needs."""
+        with self._buffers.noted(keep=False):
+            return self._forward(inputs, batch)
+
+    def _forward(
+        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Saved]:
         sink: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         edges: dict[str, GradientEdge] = {}
@@ -108,40 +121,55 @@ class Stage:
         for name, value in outputs.items():
             if value.requires_grad:
                 edges[name] = get_gradient_edge(value)
-        return {name: value.detach() for name, value in outputs.items()}, Saved(edges, sink)
+        apart = {name: self._buffers.apart(value.detach()) for name, value in outputs.items()}
+        return apart, Saved(edges, sink)
 
     def recompute(self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Saved:
         """What backward needs; buffers of the modules (running statistics) keep their values."""
-        with self._buffers_kept():
-            return self.forward_saving(inputs, batch)[1]
+        with self._buffers.restored():
+            return self._forward(inputs, batch)[1]
 
-    def backward(self, saved: Saved, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def backward(
+        self,
+        saved: Saved,
+        gradients: Mapping[str, Tensor],
+        parts: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> dict[str, Tensor]:
         """Gradients of the inputs; parameter gradients are added to each parameter's `.grad`.
 
         Args:
             saved: from forward_saving or recompute; used once.
             gradients: of outputs (`loss` included), and of inputs that later stages read too:
                 what those found so far.
+            parts: (parameter, what later stages found so far), where the order of additions
+                counts: the first summand of the parameter's gradient.
         """
         roots = [(saved.edges[name], g) for name, g in gradients.items() if name in saved.edges]
+        roots += [(get_gradient_edge(parameter), part) for parameter, part in parts]
         saved.edges = {}
         if roots:
             torch.autograd.backward([edge for edge, _ in roots], [g for _, g in roots])
         return saved.sink
 
     def _run(self, values: dict[str, Any], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        versions = {key: value._version for key, value in batch.items()}
         with self._random if self._program.is_random else nullcontext():
-            return self._program(values, batch)
+            outputs = self._program(values, batch)
+        for key, value in batch.items():
+            if value._version != versions[key]:
+                raise UsageError(
+                    f"the model or its loss_fn changes batch key {key!r} in place",
+                    hint="write it without the in-place operation (y = y * 2, not y *= 2): a "
+                    "stage may run more than once on the same samples",
+                )
+        return outputs
 
-    @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        """Run on copies: the originals may be saved in graphs, so they are not written back."""
-        originals = [dict(module._buffers) for module in self._buffered]
-        for module in self._buffered:
-            for name, value in module._buffers.items():
-                module._buffers[name] = None if value is None else value.clone()
-        try:
-            yield
-        finally:
-            for module, buffers in zip(self._buffered, originals, strict=True):
-                module._buffers.update(buffers)
+
+def modules_of(plan: StagePlan, model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """id() -> module, of all modules inside the layers that a stage calls."""
+    paths = [statement.path for statement in plan.code if statement.function == "layer"]
+    return {id(m): m for path in paths for m in model.get_submodule(path).modules()}
+
+
+def _let_go(_: Any) -> Any:
+    """A saved-tensor hook: forward without backward keeps nothing."""

@@ -1,5 +1,6 @@
 """Everything one rank holds while it runs a plan: parameters, buffers, stages, optimizers."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,7 +12,7 @@ from runtime.code import LossFunction
 from runtime.optimize import BuildOptimizer, BuildScheduler, UnitOptimizer
 from runtime.random import KeyedRandom
 from runtime.shards import UnitState, WeightBuffers
-from runtime.stage import Stage
+from runtime.stage import Stage, modules_of
 from runtime.transport import Transport
 
 __all__ = ["GradientObserver", "RankState"]
@@ -60,14 +61,17 @@ class RankState:
         self.weights = WeightBuffers(self.units, gathered)
         self.sum_of = self._sum_of_units()
         self.sums = self._make_sums()
+        callers = Counter(key for stage in plan.stages for key in modules_of(stage, model))
+        shared_modules = frozenset(key for key, number in callers.items() if number > 1)
         gradient_tensors = frozenset(t.name for t in plan.tensors if t.requires_grad)
         self.stages = {
-            stage.index: Stage(stage, gradient_tensors, model, loss_fn, device, self.random)
+            stage.index: Stage(
+                stage, gradient_tensors, model, loss_fn, device, self.random, shared_modules
+            )
             for stage in mine
         }
         self.specs = {spec.name: spec for spec in plan.tensors}
-        num_losses = plan.num_micro_batches * plan.num_replicas
-        self.loss_gradient = torch.ones((), device=device) / num_losses
+        self.num_losses = plan.num_micro_batches * plan.num_replicas
 
     def unit(self, instruction: Instruction) -> UnitState:
         assert instruction.unit is not None

@@ -21,7 +21,14 @@ from runtime.shards import UnitState
 
 __all__ = ["Difference", "Recorder", "compare", "tolerance_of", "worst"]
 
-RELATIVE_RMS = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 1e-2, "float16": 2e-3}
+RELATIVE_RMS = {
+    "float64": 1e-14,
+    "float32": 1e-6,
+    "bfloat16": 1e-2,
+    "float16": 2e-3,
+    "complex64": 1e-6,
+    "complex128": 1e-14,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +36,7 @@ class Difference:
     """How far one planned tensor is from the plain one."""
 
     name: str
-    """Parameter, or `loss of micro-batch m`."""
+    """Parameter, `buffer <name>`, or `loss of micro-batch m`."""
     largest: float
     """Largest absolute difference; infinite where either is not finite."""
     relative_rms: float
@@ -86,6 +93,11 @@ def compare(
     ]
     for state, gradient in recorder.parts:
         found += _compare_unit(plan, state, gradient, model)
+    found += _compare_untrained(plan, model)
+    if plan.num_replicas == 1:  # each replica keeps running statistics of its own
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        for name, buffer in executor.buffers().items():
+            found.append(_difference(f"buffer {name}", buffer, buffers[name], 0.0))
     return result, found
 
 
@@ -95,10 +107,10 @@ def _difference(name: str, mine: Tensor, plain: Tensor, tolerance: float) -> Dif
         return Difference(
             name=name, largest=0.0, relative_rms=0.0, tolerance=tolerance, num_elements=mine.numel()
         )
-    gap = mine.double() - plain.double()
+    gap = _double(mine) - _double(plain)
     largest = float(gap.abs().max()) if bool(gap.isfinite().all()) else float("inf")
-    scale = float(plain.double().square().mean().sqrt())
-    rms = float(gap.square().mean().sqrt())
+    scale = _rms(plain)
+    rms = _rms(gap)
     return Difference(
         name=name,
         largest=largest,
@@ -106,6 +118,16 @@ def _difference(name: str, mine: Tensor, plain: Tensor, tolerance: float) -> Dif
         tolerance=tolerance,
         num_elements=mine.numel(),
     )
+
+
+def _double(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.double()
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(_double(tensor).square().mean().sqrt())
 
 
 def worst(found: list[Difference]) -> Difference:
@@ -149,6 +171,19 @@ def _compare_unit(
         mine = gradient[piece.first - state.first : piece.last - state.first]
         flat = torch.zeros_like(mine)
         if plain is not None:
-            flat = plain.reshape(-1)[piece.first - first : piece.last - first]
+            whole = state.in_flat_order(piece.name, plain)
+            flat = whole[piece.first - first : piece.last - first]
         found.append(_difference(piece.name, mine, flat, tolerance_of(plan, state.unit)))
     return found
+
+
+def _compare_untrained(plan: Plan, model: torch.nn.Module) -> list[Difference]:
+    """Parameters that plain training finds a gradient for, and the plan trains nowhere."""
+    units = [unit for unit in plan.units if unit.trainable]
+    trained = {name for unit in units for name in unit.parameters}
+    trained &= {spec.name for spec in plan.parameters if spec.trainable}
+    return [
+        _difference(name, torch.zeros_like(parameter.grad), parameter.grad, 0.0)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and name not in trained
+    ]

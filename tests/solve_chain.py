@@ -110,6 +110,7 @@ def make_cluster(
     bandwidth: float = 1e9,
     latency_seconds: float = 1e-6,
     num_hosts: int = 1,
+    message_seconds: float = 0.0,
 ) -> Cluster:
     device = Device(
         name="test device",
@@ -121,6 +122,7 @@ def make_cluster(
         memory_efficiency=1.0,
         reserved_bytes=0,
         provenance="made for tests",
+        message_seconds=message_seconds,
     )
     link = Link(name="inside", bandwidth=bandwidth, latency_seconds=latency_seconds)
     network = Link(name="between", bandwidth=bandwidth / 10, latency_seconds=latency_seconds * 10)

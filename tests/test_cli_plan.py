@@ -53,7 +53,8 @@ def test_plan_check_show(folder: Path) -> None:
     made = plan("--gpus", "4", "--pipeline-ranks", "2", "--micro-batches", "2")
     assert made.exit_code == 0, made.output
     for words in ("no --batch-size given: 32 samples", "placement", "bubble", "gap", "uniform",
-                  "greedy", "10 of 10 rules hold", "written   small.plan.yaml"):  # fmt: skip
+                  "greedy", "10 of 10 rules hold",
+                  "plan      written to small.plan.yaml"):  # fmt: skip
         assert words in made.output
     written = read_plan(folder / "small.plan.yaml")
     assert (written.num_replicas, written.num_pipeline_ranks) == (2, 2)

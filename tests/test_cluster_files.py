@@ -197,3 +197,11 @@ def test_an_inline_device_needs_a_link_and_a_network(tmp_path: Path) -> None:
     assert "lab.yaml: hosts.0.link is missing" in refusal(tmp_path, without_link).message
     without_network = "\n".join(line for line in INLINE.splitlines() if "network:" not in line)
     assert "lab.yaml: network is missing" in refusal(tmp_path, without_network).message
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "42\n"])
+def test_a_cluster_file_that_is_no_mapping_says_so(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(content)
+    with pytest.raises(ClusterError, match="not a mapping of keys to values"):
+        resolve_cluster(str(path), 1)

@@ -140,3 +140,11 @@ def test_kernels_that_draw_have_their_own_rate_where_the_device_has_one() -> Non
     slow = dataclasses.replace(DEVICE, random_bandwidth=1e9)
     assert layer_seconds(layer(drawing), slow)[0] == pytest.approx(0.8)
     assert layer_seconds(layer(kernel(0, 8 * 10**8)), slow)[0] == pytest.approx(1e-2)
+
+
+def test_a_synchronous_device_adds_the_overhead_of_each_kernel() -> None:
+    counts = layer(kernel(5 * 10**9, 10, num=3))
+    synchronous = dataclasses.replace(DEVICE, synchronous=True, kernel_overhead_seconds=1e-3)
+    assert layer_seconds(counts, synchronous)[0] == pytest.approx(3 * (1e-2 + 1e-3))
+    asynchronous = dataclasses.replace(synchronous, synchronous=False)
+    assert layer_seconds(counts, asynchronous)[0] == pytest.approx(3e-2)

@@ -1,5 +1,6 @@
 """The plan file: exact round trip, and a clear refusal of everything else."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -227,8 +228,6 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 def test_files_that_are_no_plans(tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match="cannot read"):
         read_plan(tmp_path / "missing.yaml")
-    with pytest.raises(PlanFileError, match="cannot read"):
-        read_plan(tmp_path)
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PlanFileError, match="is not text"):
@@ -244,3 +243,10 @@ def test_windows_line_ends_are_harmless(tmp_path: Path) -> None:
     plan, path = small_plan(), tmp_path / "a.plan.yaml"
     path.write_bytes(print_plan(plan).replace("\n", "\r\n").encode())
     assert read_plan(path) == plan
+
+
+def test_what_is_not_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.plan.yaml")
+    for path in (tmp_path / "pipe.plan.yaml", tmp_path):
+        with pytest.raises(PlanFileError, match="is not a file"):
+            read_plan(path)

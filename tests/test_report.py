@@ -63,23 +63,25 @@ def test_counts_and_seconds_in_words() -> None:
 
 def test_the_timeline_in_letters() -> None:
     plan = chain_plan(2, 2, 1)
-    first, second, legend = (
+    first, second, axis, *legend = (
         row.plain for row in timeline_rows(plan, simulate(plan).timeline, width=8 + 12)
     )
     assert first == "rank 0  aa......AAAA"
     assert second == "rank 1  ..bbBBBB...."
-    assert "6 s" in legend
+    assert axis.startswith("        0")
+    assert axis.endswith(" 6 s")
+    assert "a to b: stages 0 to 1 forward" in legend[0]
 
 
 def test_recompute_has_its_own_sign() -> None:
     plan = chain_plan(1, 1, 1, recompute=True)
-    row, _ = timeline_rows(plan, simulate(plan).timeline, width=8 + 12)
+    row, *_ = timeline_rows(plan, simulate(plan).timeline, width=8 + 12)
     assert row.plain == "rank 0  aaa+++AAAAAA"
 
 
 def test_a_timeline_of_nothing_is_idle() -> None:
     plan = chain_plan(1, 1, 1)
-    row, _ = timeline_rows(plan, Timeline(source="simulated", events=()), width=20)
+    row, *_ = timeline_rows(plan, Timeline(source="simulated", events=()), width=20)
     assert set(row.plain.removeprefix("rank 0  ")) == {"."}
 
 

@@ -51,10 +51,14 @@ def check_valid(problem: Problem, placement: Placement, num_layers: int) -> None
             assert getattr(placement, name) == demanded
 
 
+def accepts_all(size: int) -> bool:
+    return size > 0
+
+
 def brute_force(problem: Problem, num_layers: int) -> float:
     """Least objective over all choices that use all devices, and all splits that fit."""
     builder, best = Builder(problem=problem), math.inf
-    for choice in next(mesh_groups(problem, num_layers)):
+    for choice in next(mesh_groups(problem, num_layers, accepts=accepts_all)):
         instance = builder.instance(choice)
         for cuts in itertools.combinations(range(1, num_layers), choice.num_stages - 1):
             split = (0, *cuts, num_layers)
@@ -349,3 +353,18 @@ def test_time_limit_still_answers() -> None:
     check_valid(problem, solution.placement, 40)
     assert isinstance(choice_of(solution.placement), Choice)
     assert solution.bound_seconds <= solution.objective_seconds
+
+
+def test_bound_is_not_above_a_simulation_that_is_faster_than_the_model() -> None:
+    problem = make_problem(uneven(9), num_devices=2, global_batch_size=8)
+    exact = formula(problem)
+
+    def simulate(placement: Placement) -> Simulated:
+        simulated = exact(placement)
+        return dataclasses.replace(simulated, step_seconds=0.9 * simulated.step_seconds)
+
+    solution = solve(problem, simulate)
+    assert solution.bound_seconds <= solution.step_seconds
+    simulated = [c for c in solution.candidates if c.step_seconds is not None]
+    assert len(simulated) >= 4
+    assert all(c.bound_seconds <= (c.step_seconds or 0.0) for c in simulated)

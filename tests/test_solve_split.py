@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from solve_chain import Layer, make_cluster, make_problem
 
+from planner.solve.bounds import least_rank_units, least_step_ticks
 from planner.solve.build import Builder
 from planner.solve.choices import Choice
 from planner.solve.instance import (
     Instance,
-    least_rank_units,
-    least_step_ticks,
     overflow_units,
     rank_units,
     step_ticks,
@@ -57,13 +56,19 @@ def make_instance(
     partition: int = 0,
     recompute: bool = False,
     limit: int = 2**40,
+    message_seconds: float = 0.0,
 ) -> Instance:
     devices = replicas * ranks
     problem = make_problem(
         layers,
         num_devices=devices,
         global_batch_size=replicas * count * 2,
-        cluster=make_cluster(devices, memory_bytes=limit, num_hosts=2 if devices % 2 == 0 else 1),
+        cluster=make_cluster(
+            devices,
+            memory_bytes=limit,
+            num_hosts=2 if devices % 2 == 0 else 1,
+            message_seconds=message_seconds,
+        ),
     )
     return Builder(problem=problem).instance(
         Choice(
@@ -115,6 +120,7 @@ def test_cp_sat_equals_brute_force(
         count=1 + seed % 7,
         partition=partition,
         recompute=recompute,
+        message_seconds=seed % 2 * 2e-4,
     )
     best = brute_force(instance)
     hint = uniform_split(7, ranks * stages)
@@ -292,6 +298,7 @@ def uniform_instance(
         forward=tuple(4 * index for index in range(num_layers + 1)),
         backward=tuple(8 * index for index in range(num_layers + 1)),
         update=zeros,
+        least_update=0,
         gather=zeros,
         gather_per_stage=0,
         reduce=tuple(reduction * index for index in range(num_layers + 1)),

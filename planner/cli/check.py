@@ -6,7 +6,7 @@ import click
 from rich.text import Text
 
 from planner.check import check
-from planner.console import command_errors, console
+from planner.console import HELP, command_errors, console
 from planner.errors import CheckError
 from planner.plan.file import read_plan
 from planner.report import rules_table
@@ -14,11 +14,15 @@ from planner.report import rules_table
 __all__ = ["main"]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("plan", type=click.Path(path_type=Path))
 @command_errors()
 def main(plan: Path) -> None:
-    """Prove the plan file PLAN against every rule; exit 1 with a counterexample if one fails."""
+    """Prove the plan file PLAN against every rule.
+
+    Prints a verdict for each rule. Where one is broken, prints the counterexample and exits with 1.
+    A file that is damaged, edited or no plan is refused with exit code 2.
+    """
     report = check(read_plan(plan))
     console.print(rules_table(report))
     for verdict in report.failures:

@@ -5,8 +5,17 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from planner.cluster import resolve_cluster
-from planner.console import command_errors, console
+from planner.cluster.resolve import DEFAULT_CLUSTER, resolve_cluster
+from planner.console import (
+    DEVICES,
+    HELP,
+    SAMPLES,
+    SECONDS,
+    SEED,
+    check_can_write,
+    command_errors,
+    console,
+)
 from planner.model_file import load_model_file
 from planner.pipeline import DEFAULT_SAMPLES_PER_DEVICE, PlanResult, default_batch_size, make_plan
 from planner.plan.file import write_plan
@@ -23,39 +32,66 @@ from planner.solve import Constraints
 
 __all__ = ["main"]
 
-_POSITIVE = click.IntRange(min=1)
 
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("model")
-@click.option("--gpus", type=_POSITIVE, required=True, help="Devices to plan for.")
-@click.option("--cluster", help="Name of a device (a100-80, ...), `cpu`, or a cluster YAML file.")
+@click.option("--gpus", type=DEVICES, required=True, help="Devices to plan for.")
+@click.option(
+    "--cluster",
+    help="A device in its usual hosts (a100-80, h100-sxm, ...), `cpu` for processes of this "
+    "machine, or a cluster file ending in .yaml  [default: this machine's GPUs, else "
+    f"{DEFAULT_CLUSTER}]",
+)
 @click.option(
     "--batch-size",
-    type=_POSITIVE,
-    help=f"Samples per step over all devices [default: {DEFAULT_SAMPLES_PER_DEVICE} per device].",
+    type=SAMPLES,
+    help="Samples per step, over all devices  [default: what the other options imply, else "
+    f"{DEFAULT_SAMPLES_PER_DEVICE} per device]",
 )
-@click.option("--micro-batch-size", type=_POSITIVE, help="Samples per micro-batch.")
-@click.option("--micro-batches", type=_POSITIVE, help="Micro-batches per replica and step.")
-@click.option("--replicas", type=_POSITIVE, help="Data-parallel replicas.")
-@click.option("--pipeline-ranks", type=_POSITIVE, help="Devices of one replica's pipeline.")
-@click.option("--stages-per-rank", type=_POSITIVE, help="Loops of the pipeline ring.")
+@click.option("--micro-batch-size", type=SAMPLES, help="Samples per micro-batch.")
+@click.option("--micro-batches", type=SAMPLES, help="Micro-batches per replica and step.")
+@click.option("--replicas", type=DEVICES, help="Data-parallel replicas of the pipeline.")
+@click.option("--pipeline-ranks", type=DEVICES, help="Devices in the pipeline of one replica.")
+@click.option(
+    "--stages-per-rank", type=SAMPLES, help="Times that the pipeline goes round all its devices."
+)
 @click.option(
     "--partition",
     type=click.Choice(["0", "3"]),
-    help="0: every replica holds the whole state; 3: weights, gradients, optimizer are sharded.",
+    help="0: every replica holds weights, gradients and optimizer state whole. 3: each holds a "
+    "part of them.",
 )
-@click.option("--recompute/--no-recompute", default=None, help="Keep only stage inputs.")
-@click.option("--memory-limit", help="Per device, such as 40GB [default: the device's memory].")
+@click.option(
+    "--recompute/--no-recompute",
+    default=None,
+    help="Keep only the inputs of stages and run forward again before backward, or keep all "
+    "activations.",
+)
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Memory to use per device, such as 40GB or 512MiB  [default: the device's memory, less "
+    "what is reserved]",
+)
 @click.option(
     "--time-limit",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     default=20.0,
     show_default=True,
-    help="Seconds for the solver.",
+    help="Longest that the solver may search.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Plan file.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Of the solver, and of the run: weights, order of samples, dropout.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write the plan to  [default: MODEL's name with .plan.yaml, in this folder]",
+)
 @command_errors()
 def main(
     model: str,
@@ -74,9 +110,10 @@ def main(
     seed: int,
     output: Path | None,
 ) -> None:
-    """Plan the training of MODEL (a Python file or module) on a number of devices.
+    """Plan one training step of MODEL (a Python file or module) on a number of devices.
 
-    Options that are not given are chosen, so that the predicted step is shortest.
+    Whatever of mesh, micro-batches, partition and recomputation is not given is chosen, so that
+    the predicted step is shortest. Nothing is written unless a plan is found and proved.
     """
     constraints = Constraints(
         num_replicas=replicas,
@@ -92,6 +129,8 @@ def main(
         batch_size = default_batch_size(gpus, constraints)
         console.print(f"no --batch-size given: {batch_size} samples per step", highlight=False)
     model_file = load_model_file(model)
+    path = output if output is not None else Path(f"{model_file.name}.plan.yaml")
+    check_can_write(path, "--output", [model_file.path, cluster or ""])
     result = make_plan(
         model_file,
         num_devices=gpus,
@@ -102,10 +141,9 @@ def main(
         time_limit_seconds=time_limit,
         seed=seed,
     )
-    path = output or Path(f"{model_file.name}.plan.yaml")
     write_plan(result.plan, path)
     _print_result(result, gpus)
-    console.print(Text(f"written   {path}"), soft_wrap=True)
+    console.print(Text(f"plan      written to {path}"), soft_wrap=True)
 
 
 def _print_result(result: PlanResult, gpus: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from rich.text import Text
 
-from planner.console import command_errors, console
+from planner.console import HELP, command_errors, console
 from planner.plan.file import read_plan
 from planner.report import (
     memory_table,
@@ -20,11 +20,15 @@ from planner.simulate import simulate
 __all__ = ["main"]
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.argument("plan", type=click.Path(path_type=Path))
 @command_errors()
 def main(plan: Path) -> None:
-    """Show the plan file PLAN: placement, memory, instruction counts, simulated timeline."""
+    """Show what the plan file PLAN does.
+
+    Prints the placement of layers, memory per device, instructions per step, and the simulated
+    timeline: a row for each pipeline rank, as wide as the terminal (COLUMNS sets another width).
+    """
     loaded = read_plan(plan)
     simulation = simulate(loaded)
     for line in plan_lines(loaded):

@@ -86,6 +86,11 @@ def validate(model: type[Model], text: str, file: str) -> Model:
         raise ClusterError(
             f"{file}: not YAML of plain data: {error}", hint="check the file's syntax"
         ) from None
+    if not isinstance(data, dict):
+        raise ClusterError(
+            f"{file}: the file holds {_short.repr(data)}, not a mapping of keys to values",
+            hint="begin with `name:`, `hosts:` and `network:`",
+        )
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from planner.measure.counter import KernelCounter
+
 __all__ = ["KernelRates", "measure_kernels"]
 
 _BUFFER_BYTES = 64 * 2**20  # beyond most caches: two of them are read and written
 _ROWS, _WIDTH = 256, 128  # of a small training step's activations
-_CHAIN = 200
+_NUM_BLOCKS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +91,23 @@ def _elementwise_bandwidth(values: torch.Tensor) -> float:
 
 
 def _overhead_seconds() -> float:
-    """Of one kernel on next to no data, in a graph that autograd records and runs backward."""
-    one = torch.ones(1, requires_grad=True)
+    """Of one kernel on next to no data, called through modules, recorded and run backward.
+
+    The kernels are counted as a profile counts them, so what modules, views and autograd cost
+    besides is spread over them.
+    """
+    blocks = ((nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()) for _ in range(_NUM_BLOCKS))
+    model = nn.Sequential(*[module for block in blocks for module in block])
+    inputs, gradient = torch.randn(4, 8, requires_grad=True), torch.ones(4, 8)
 
     def run() -> None:
-        value = one
-        for _ in range(_CHAIN):
-            value = value + 1
-        value.backward()
+        model(inputs).backward(gradient)
 
-    return _best_seconds(run, repeats=5) / (2 * _CHAIN)
+    counter = KernelCounter()
+    with counter:
+        run()
+    num_kernels = sum(count.num_kernels for count in counter.counts)
+    return _best_seconds(run, repeats=8) / num_kernels
 
 
 def _best_seconds(work: Callable[[], object], *, repeats: int) -> float:

@@ -53,6 +53,7 @@ def measure_cpu(num_processes: int) -> Cluster:
         memory_efficiency=rates.memory_efficiency,
         reserved_bytes=_RESERVED_BYTES,
         provenance=machine.provenance,
+        synchronous=True,
         random_bandwidth=rates.random_bandwidth * share,
         message_seconds=transfer.message_seconds / share,
     )

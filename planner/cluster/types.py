@@ -25,6 +25,8 @@ class Device:
     """Taken by the driver, the context and communication libraries before any tensor."""
     provenance: str
     """Sources of the figures: one line."""
+    synchronous: bool = False
+    """Kernels run in the thread that launches them (a CPU): the overhead adds to their time."""
     random_bandwidth: float | None = None
     """Bytes per second of kernels that draw random numbers; None: as other kernels."""
     message_seconds: float = 0.0

@@ -50,6 +50,9 @@ def layer_seconds(profile: LayerProfile, device: Device) -> tuple[float, float]:
     Patterson, CACM 52(4), 2009), kernel by kernel:
 
         max(flop / (peak x compute efficiency), bytes / (bandwidth x memory efficiency), overhead)
+
+    A synchronous device adds the overhead instead, and random numbers have a bandwidth of their
+    own where the device says so.
     """
     forward, backward = profile.forward_seconds, profile.backward_seconds
     return (
@@ -65,10 +68,10 @@ def _roofline_seconds(counts: Iterable[OperatorCount], device: Device) -> float:
         if count.draws and device.random_bandwidth is not None:
             bandwidth = device.random_bandwidth
         compute = peak_flops(device, count.dtype) * device.compute_efficiency
-        slowest = max(
-            count.flop / compute, count.moved_bytes / bandwidth, device.kernel_overhead_seconds
-        )
-        seconds += slowest * count.num_kernels
+        work = max(count.flop / compute, count.moved_bytes / bandwidth)
+        overhead = device.kernel_overhead_seconds
+        kernel_seconds = work + overhead if device.synchronous else max(work, overhead)
+        seconds += kernel_seconds * count.num_kernels
     return seconds
 
 

@@ -5,7 +5,8 @@ steps before the reader, so that no ready compute waits behind a pending transfe
 ordered pair of ranks are received in the order in which they are sent.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.lower.data import Placed
@@ -39,53 +40,62 @@ def transfer_instructions(
     """SENDs and RECEIVEs of every rank."""
     placed: list[list[Placed]] = [[] for _ in order.ranks]
     pairs: dict[tuple[int, int], list[_Message]] = {}
+    sent_away: dict[tuple[int, str], list[int]] = {}
     for message in _messages(order, routes, num_micro_batches):
         pairs.setdefault((message.source, message.destination), []).append(message)
+        sent_away.setdefault((message.source, message.buffer), []).append(message.sent_after)
     for messages in pairs.values():
         messages.sort(key=lambda message: message.sent_after)
-        earliest = len(order.ranks[messages[0].destination])
-        receives = []
-        for message in reversed(messages):
-            # Nothing may be received before what was sent earlier, so posts never move back.
-            earliest = min(earliest, max(0, message.read_by - RECEIVE_LOOKAHEAD))
-            receives.append((message, earliest))
-        for message, step in reversed(receives):
+        for message, step in zip(messages, _receive_steps(messages, sent_away), strict=True):
             placed[message.destination].append(_receive(message, step))
         for message in messages:
             placed[message.source].append(_send(message))
     return placed
 
 
+def _receive_steps(
+    messages: Sequence[_Message], sent_away: Mapping[tuple[int, str], Sequence[int]]
+) -> list[int]:
+    """Compute step before which each message of a pair is received, in the order of sending.
+
+    Nothing is received before what was sent earlier. A gradient that passes through its rank more
+    than once comes back into the buffer that it was sent from, so it is not received before that.
+    """
+    latest: list[int] = []
+    step = messages[-1].read_by
+    for message in reversed(messages):
+        step = min(step, max(0, message.read_by - RECEIVE_LOOKAHEAD))
+        latest.append(step)
+    steps, free = [], 0
+    for message, step in zip(messages, reversed(latest), strict=True):
+        sent = sent_away.get((message.destination, message.buffer), ())
+        free = max(free, *(s + 1 for s in sent if s < message.read_by), 0)
+        steps.append(max(step, free))
+    return steps
+
+
 def _messages(order: Order, routes: Sequence[Route], num_micro_batches: int) -> list[_Message]:
     forward, backward = _step_indices(order)
     messages = []
     for route in routes:
-        for micro_batch in range(num_micro_batches):
-            tensor = f"{route.tensor}.{micro_batch}"
-            for source, destination in route.forward_hops():
+        directions = (
+            ("", forward, route.forward_hops()),
+            ("gradient:", backward, route.backward_hops()),
+        )
+        for prefix, steps, hops in directions:
+            for (source, destination), micro_batch in itertools.product(
+                hops, range(num_micro_batches)
+            ):
                 reader = route.chain[destination]
                 messages.append(
                     _Message(
-                        buffer=tensor,
+                        buffer=f"{prefix}{route.tensor}.{micro_batch}",
                         stage=reader,
                         micro_batch=micro_batch,
                         source=route.ranks[source],
                         destination=route.ranks[destination],
-                        sent_after=forward[route.chain[source], micro_batch],
-                        read_by=forward[reader, micro_batch],
-                    )
-                )
-            for source, destination in route.backward_hops():
-                reader = route.chain[destination]
-                messages.append(
-                    _Message(
-                        buffer=f"gradient:{tensor}",
-                        stage=reader,
-                        micro_batch=micro_batch,
-                        source=route.ranks[source],
-                        destination=route.ranks[destination],
-                        sent_after=backward[route.chain[source], micro_batch],
-                        read_by=backward[reader, micro_batch],
+                        sent_after=steps[route.chain[source], micro_batch],
+                        read_by=steps[reader, micro_batch],
                     )
                 )
     return messages

@@ -64,6 +64,13 @@ def _measure_layer(
     finally:
         for parameter in traced.model.parameters():
             parameter.grad = None
+    if any(count.draws for count in backward.counts):
+        raise TraceError(
+            f"layer {layer.name!r} draws random numbers again in backward (dropout inside "
+            "torch.utils.checkpoint): they could not be those of its forward",
+            hint="leave checkpointing to the plan: take it out of the layer, and plan with "
+            "--recompute",
+        )
     specs = graph.parameter_specs
     return LayerProfile(
         name=layer.name,

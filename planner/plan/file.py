@@ -122,6 +122,10 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise PlanFileError(
+                f"{path} is not a file", hint="give the .plan.yaml file that lga-plan wrote"
+            )
         if size > MAX_PLAN_BYTES:
             raise PlanFileError(
                 f"{path} has {size} bytes; a plan has at most {MAX_PLAN_BYTES}",

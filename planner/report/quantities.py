@@ -42,7 +42,8 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(
-            f"{text!r} is not a number of bytes", hint="write 40GB, 512MiB or 4e9 as 4GB"
+            f"{text!r} is not a number of bytes",
+            hint="write a size such as 40GB, 512MiB or 4000000000",
         )
     num_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
     if num_bytes < 1:

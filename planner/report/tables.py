@@ -34,10 +34,13 @@ def plan_lines(plan: Plan) -> list[str]:
         f"model     {plan.model_name}: {len(plan.layer_names)} layers, "
         f"{count_text(elements)} parameters",
         f"cluster   {plan.cluster.name}: {plan.cluster.provenance}",
-        f"mesh      {plan.num_replicas} replicas x {plan.num_pipeline_ranks} pipeline ranks, "
-        f"{plan.num_stages} stages; {_state_words(plan)}",
-        f"batch     {plan.global_batch_size} samples = {plan.num_replicas} replicas x "
-        f"{plan.num_micro_batches} micro-batches x {plan.micro_batch_size} samples",
+        f"mesh      {_counted(plan.num_replicas, 'replica')} x "
+        f"{_counted(plan.num_pipeline_ranks, 'pipeline rank')}, "
+        f"{_counted(plan.num_stages, 'stage')}; {_state_words(plan)}",
+        f"batch     {_counted(plan.global_batch_size, 'sample')} = "
+        f"{_counted(plan.num_replicas, 'replica')} x "
+        f"{_counted(plan.num_micro_batches, 'micro-batch', 'es')} x "
+        f"{_counted(plan.micro_batch_size, 'sample')}",
     ]
 
 
@@ -166,9 +169,15 @@ def _add_numbers(table: Table, columns: list[str]) -> None:
         table.add_column(name, justify="right")
 
 
-def _promise(candidate: Candidate) -> tuple[bool, float]:
+def _promise(candidate: Candidate) -> tuple[bool, bool, float]:
+    """Simulated ones first, infeasible ones last, and by time among themselves."""
     infeasible = candidate.verdict.startswith("infeasible")
-    return infeasible, candidate.step_seconds or candidate.bound_seconds
+    seconds = candidate.step_seconds or candidate.bound_seconds
+    return infeasible, candidate.step_seconds is None, seconds
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 def _state_words(plan: Plan) -> str:

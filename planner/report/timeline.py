@@ -17,7 +17,7 @@ _IDLE = "."
 
 
 def timeline_rows(plan: Plan, timeline: Timeline, *, width: int) -> list[Text]:
-    """One row per pipeline rank, `width` columns of time, and a legend."""
+    """One row per pipeline rank, `width` columns of time, then the axis and a legend."""
     step = timeline.step_seconds
     head = max(len(f"rank {plan.num_pipeline_ranks - 1} "), 8)
     columns = max(10, width - head)
@@ -41,10 +41,18 @@ def timeline_rows(plan: Plan, timeline: Timeline, *, width: int) -> list[Text]:
         for letter, style in row:
             text.append(letter, style=style)
         rows.append(text)
-    legend = Text(" " * head, style="dim")
-    legend.append(f"0 to {seconds_text(step)}; stage 0 is a (forward) and A (backward), stage 1 b")
-    legend.append(" and B, and so on; + recomputes; . waits")
-    return [*rows, legend]
+    return [*rows, *_legend(plan, head, columns, seconds_text(step))]
+
+
+def _legend(plan: Plan, head: int, columns: int, end: str) -> list[Text]:
+    """The axis of time, and what the letters mean, in lines that fit 80 columns."""
+    last = chr(ord("a") + min(plan.num_stages, 26) - 1)
+    words = f"a to {last}: stages 0 to {plan.num_stages - 1} forward, A to {last.upper()}: backward"
+    if plan.num_stages > 26:
+        words += ", again from a after z"
+    more = ["+: recomputation"] if any(stage.recompute for stage in plan.stages) else []
+    lines = ["0".ljust(columns - len(end)) + end, words, "; ".join([*more, ".: waiting"])]
+    return [Text(" " * head + line, style="dim") for line in lines]
 
 
 def _letter(opcode: Opcode, stage: int) -> str:

@@ -4,18 +4,11 @@ This module knows what a choice costs per layer and per cut. It does not know ho
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from planner.cluster.types import Link
-from planner.cost import (
-    all_reduce_seconds,
-    gather_seconds,
-    reduce_scatter_seconds,
-    transfer_seconds,
-    update_seconds,
-)
+from planner.cost import update_seconds
 from planner.solve.choices import Choice
 from planner.solve.figures import Figures, make_figures
 from planner.solve.instance import Instance
@@ -27,6 +20,7 @@ from planner.solve.memory import (
 )
 from planner.solve.mesh import Mesh, make_mesh
 from planner.solve.problem import Problem
+from planner.solve.traffic import affine, collectives, ring_traffic
 
 __all__ = ["Builder"]
 
@@ -77,45 +71,44 @@ class Builder:
         """The split problem that a choice leaves."""
         figures, mesh = self.figures_of(choice), self.mesh_of(choice)
         forward, backward = figures.forward_seconds, figures.backward_seconds
-        traffic = _traffic(figures, choice, mesh)
+        traffic, ring = collectives(figures, choice, mesh), ring_traffic(figures, choice, mesh)
         horizon = 2 * choice.num_micro_batches * (2 * sum(forward) + sum(backward))
         tick = max(horizon + sum(traffic.gather) + sum(traffic.reduce), 1e-12) / HORIZON_TICKS
 
-        def ticks(seconds: Iterable[float]) -> list[int]:
-            return [round(value / tick) for value in seconds]
+        def ticks(seconds: Iterable[float]) -> tuple[int, ...]:
+            return tuple(round(value / tick) for value in seconds)
 
+        updates, update_floor = self._updates(choice)
         return Instance(
             choice=choice,
             num_layers=figures.num_layers,
             tick_seconds=tick,
             forward=_prefix(ticks(forward)),
             backward=_prefix(ticks(backward)),
-            update=_prefix(ticks(self._updates(choice))),
+            update=_prefix(ticks(updates)),
+            least_update=round(update_floor / tick),
             gather=_prefix(ticks(traffic.gather)),
             reduce=_prefix(ticks(traffic.reduce)),
             gather_per_stage=round(traffic.gather_latency / tick),
             reduce_per_stage=round(traffic.reduce_latency / tick),
             tied_ticks=round(traffic.tied / tick),
-            hops=tuple(
-                tuple(ticks(_transfer(count, link) for count in figures.crossing_bytes))
-                for link in mesh.ring_links
-            ),
-            gradient_hops=tuple(
-                tuple(ticks(_transfer(count, link) for count in figures.gradient_crossing_bytes))
-                for link in mesh.ring_links
-            ),
+            hops=tuple(ticks(seconds) for seconds in ring.hop_seconds),
+            gradient_hops=tuple(ticks(seconds) for seconds in ring.gradient_hop_seconds),
             hop_kinds=mesh.ring_kinds,
+            entry=ticks(ring.entry_seconds),
+            exit=ticks(ring.exit_seconds),
+            gradient_entry=ticks(ring.gradient_entry_seconds),
+            gradient_exit=ticks(ring.gradient_exit_seconds),
             **self._memory_tables(choice),
         )
 
-    def _updates(self, choice: Choice) -> list[float]:
-        """Seconds per layer, without the overhead that a stage's one update has."""
-        counts = per_shard(
-            parameters_of(self.figures_of(choice), choice).trainable_elements, choice
-        )
+    def _updates(self, choice: Choice) -> tuple[list[float], float]:
+        """Seconds per layer, and the least that a stage's update takes: a kernel's overhead."""
+        elements = parameters_of(self.figures_of(choice), choice).trainable_elements
         device, slots = self.mesh_of(choice).devices[0], self.problem.optimizer_slots
-        per_element, _ = _affine(lambda count: update_seconds(count, device, slots))
-        return [per_element * count for count in counts]
+        per_element, _ = affine(lambda count: update_seconds(count, device, slots))
+        floor = update_seconds(0, device, slots) if all(elements) else 0.0
+        return [per_element * count for count in per_shard(elements, choice)], floor
 
     def _memory_tables(self, choice: Choice) -> _MemoryTables:
         figures, limits = self.figures_of(choice), self.mesh_of(choice).limit_bytes
@@ -132,52 +125,6 @@ class Builder:
             fixed_units=tuple(_units(fixed_bytes(figures, choice), unit)),
             limit_units=tuple(limit // unit for limit in limits),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Traffic:
-    """Seconds of data-parallel transfers."""
-
-    gather: list[float]
-    """Per layer."""
-    reduce: list[float]
-    gather_latency: float
-    """Per stage."""
-    reduce_latency: float
-    tied: float
-    """To add gradients of tied weights between two ranks, after everything else."""
-
-
-def _traffic(figures: Figures, choice: Choice, mesh: Mesh) -> _Traffic:
-    replicas, link = choice.num_replicas, mesh.group_link
-    parameters = parameters_of(figures, choice)
-    reduce_whole = reduce_scatter_seconds if choice.partition else all_reduce_seconds
-    reduce, reduce_latency = _affine(lambda count: reduce_whole(count, replicas, link))
-    gather, gather_latency = _affine(lambda count: gather_seconds(count, replicas, link))
-    if not choice.partition:
-        gather = gather_latency = 0.0
-    tied = 0.0
-    if choice.num_pipeline_ranks > 1 and figures.tied_bytes:
-        (num_bytes,) = per_shard([figures.tied_bytes], choice)
-        tied = max(all_reduce_seconds(num_bytes, 2, link) for link in mesh.ring_links)
-    return _Traffic(
-        gather=[gather * count for count in parameters.weight_bytes],
-        reduce=[reduce * count for count in parameters.trainable_bytes],
-        gather_latency=gather_latency,
-        reduce_latency=reduce_latency,
-        tied=tied,
-    )
-
-
-def _affine(seconds: Callable[[int], float]) -> tuple[float, float]:
-    """(seconds per item, seconds of latency) where time is affine in the number of items."""
-    probe = 1 << 30
-    slope = (seconds(2 * probe) - seconds(probe)) / probe
-    return slope, max(0.0, seconds(probe) - slope * probe)
-
-
-def _transfer(num_bytes: int, link: Link) -> float:
-    return transfer_seconds(num_bytes, link) if num_bytes else 0.0
 
 
 def _units(values: Iterable[int], unit: int) -> list[int]:

@@ -6,13 +6,13 @@ combinations exist for a batch and a number of devices. It does not know costs o
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from planner.errors import UsageError
 from planner.solve.problem import Constraints, Problem
 
-__all__ = ["Choice", "check_problem", "mesh_groups"]
+__all__ = ["Choice", "check_problem", "divisors", "mesh_groups"]
 
 STAGES_PER_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 MAX_STAGES = 512
@@ -126,14 +126,18 @@ def _check_batch(problem: Problem) -> None:
         )
 
 
-def mesh_groups(problem: Problem, num_layers: int) -> Iterator[tuple[Choice, ...]]:
+def mesh_groups(
+    problem: Problem, num_layers: int, *, accepts: Callable[[int], bool]
+) -> Iterator[tuple[Choice, ...]]:
     """Choices grouped by the number of devices they use, most devices first; none empty.
+
+    Micro-batch sizes that the model does not accept are listed, but take no other size's place.
 
     Raises UsageError if there is no choice at all.
     """
     found = False
     for used in range(problem.num_devices, 0, -1):
-        sizes = _micro_batch_sizes(problem, used, num_layers)
+        sizes = _micro_batch_sizes(problem, used, num_layers, accepts)
         choices = tuple(
             choice
             for mesh in _meshes(problem.constraints, used, num_layers)
@@ -169,7 +173,7 @@ def _batchings(problem: Problem, replicas: int, ranks: int) -> list[tuple[int, i
         return []
     counts = [
         count
-        for count in _divisors(per_replica)
+        for count in divisors(per_replica)
         if wanted.num_micro_batches in (None, count)
         and wanted.micro_batch_size in (None, per_replica // count)
     ]
@@ -183,12 +187,15 @@ def _batchings(problem: Problem, replicas: int, ranks: int) -> list[tuple[int, i
     return [(per_replica // count, count) for count in chosen]
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
-def _micro_batch_sizes(problem: Problem, used: int, num_layers: int) -> tuple[int, ...]:
+def _micro_batch_sizes(
+    problem: Problem, used: int, num_layers: int, accepts: Callable[[int], bool]
+) -> tuple[int, ...]:
     """Micro-batch sizes worth profiling, most often wanted first, and the smallest.
 
     Every size costs a profile of the model, so their number is capped. The smallest is the one
@@ -198,9 +205,17 @@ def _micro_batch_sizes(problem: Problem, used: int, num_layers: int) -> tuple[in
     for replicas, ranks in _meshes(problem.constraints, used, num_layers):
         for position, (size, _) in enumerate(_batchings(problem, replicas, ranks)):
             votes[size] = votes.get(size, 0.0) + 1.0 / (1 + position)
-    favourites = sorted(votes, key=lambda size: (-votes[size], size))
-    smallest = [min(votes)] if votes else []
-    return tuple(dict.fromkeys((*favourites[: MAX_SIZES - 1], *smallest)))
+    sizes: list[int] = []
+    num_accepted = 0
+    for size in sorted(votes, key=lambda size: (-votes[size], size)):
+        if num_accepted < MAX_SIZES - 1:
+            sizes.append(size)
+            num_accepted += accepts(size)
+    for size in sorted(votes):
+        sizes.append(size)
+        if accepts(size):
+            break
+    return tuple(dict.fromkeys(sizes))
 
 
 def _choices_of_mesh(

@@ -5,8 +5,9 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from planner.solve.bounds import least_step_ticks
 from planner.solve.choices import Choice
-from planner.solve.instance import Instance, least_step_ticks, step_ticks
+from planner.solve.instance import Instance, step_ticks
 from planner.solve.memory import num_buffers
 from planner.solve.types import Candidate, Placement
 
@@ -26,12 +27,18 @@ MAX_WHOLE_SEARCH = 800
 
 @dataclass(slots=True, kw_only=True)
 class Clock:
+    """Seconds of the search itself."""
+
     limit_seconds: float
     started: float = field(default_factory=time.monotonic)
 
     @property
     def spent(self) -> float:
         return time.monotonic() - self.started
+
+    def exclude(self, seconds: float) -> None:
+        """Do not count so many of the seconds that have passed."""
+        self.started += seconds
 
     @property
     def left(self) -> float:
@@ -47,7 +54,16 @@ class Entry:
     verdict: str = ""
     boundaries: Boundaries | None = None
     """The best split known to fit."""
+    score_seconds: float = math.inf
+    """Of the most promising simple split: its step time, raised by the memory it lacks."""
+    is_impossible: bool = False
+    """It is proved that no split fits in memory."""
     step_seconds: float | None = None
+
+    @property
+    def mesh(self) -> tuple[int, int]:
+        choice = self.instance.choice
+        return choice.num_replicas, choice.num_pipeline_ranks
 
     @property
     def is_small(self) -> bool:
@@ -56,7 +72,13 @@ class Entry:
 
     @property
     def bound_seconds(self) -> float:
-        return self.bound_ticks * self.instance.tick_seconds
+        """No split is faster. Where the step-time model is slower than the simulator, as it may be
+        with skip connections, its bound is lowered by as much.
+        """
+        seconds = self.bound_ticks * self.instance.tick_seconds
+        if self.step_seconds is None:
+            return seconds
+        return seconds * min(1.0, self.step_seconds / self.objective_seconds)
 
     @property
     def objective_seconds(self) -> float:
@@ -78,18 +100,13 @@ def shortlist(entries: list[Entry]) -> list[Entry]:
         key=lambda entry: entry.objective_seconds,
     )
     chosen = ranked[:MAX_SIMULATED]
-    meshes = {_mesh(entry) for entry in chosen}
+    meshes = {entry.mesh for entry in chosen}
     for entry in ranked[MAX_SIMULATED:]:
         near = entry.objective_seconds <= NEAR * ranked[0].objective_seconds
-        if near and _mesh(entry) not in meshes and len(chosen) < MAX_SIMULATED + MAX_OTHER_MESHES:
-            meshes.add(_mesh(entry))
+        if near and entry.mesh not in meshes and len(chosen) < MAX_SIMULATED + MAX_OTHER_MESHES:
+            meshes.add(entry.mesh)
             chosen.append(entry)
     return chosen
-
-
-def _mesh(entry: Entry) -> tuple[int, int]:
-    choice = entry.instance.choice
-    return choice.num_replicas, choice.num_pipeline_ranks
 
 
 def placement_of(choice: Choice, boundaries: Boundaries) -> Placement:

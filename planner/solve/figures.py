@@ -6,6 +6,7 @@ a stage's cost is a difference of prefix sums plus a term of each of its two cut
 This module knows layers and cuts. It does not know stages, ranks or links.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from planner.cost import layer_seconds
 from planner.graph import LayerGraph, ParameterSpec
 from planner.profile import Profile
 
-__all__ = ["Figures", "ParameterFigures", "make_figures"]
+__all__ = ["Figures", "ParameterFigures", "Passage", "make_figures"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,20 @@ class ParameterFigures:
     trainable_bytes: tuple[int, ...]
     """Of the parameters that have a gradient and an optimizer state."""
     trainable_elements: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """A tensor on its way from one layer that has it to the next one that reads it."""
+
+    maker: int
+    """The layer that makes the tensor."""
+    holder: int
+    """The last layer before `reader` that makes or reads it."""
+    reader: int
+    num_bytes: int
+    requires_grad: bool
+    """Whether its gradient returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +65,10 @@ class Figures:
     """Per cut: tensors from before it that layers after it read."""
     gradient_crossing_bytes: tuple[int, ...]
     """Per cut: those of them whose gradient returns."""
+    passages: tuple[Passage, ...]
+    """What passes between layers, from reader to reader."""
+    message_seconds: float
+    """Compute time that each end of a transfer between ranks loses."""
     transient_bytes: tuple[int, ...]
     """Per layer: peak above what is kept."""
     batch_bytes: int
@@ -83,6 +102,8 @@ def make_figures(graph: LayerGraph, profile: Profile, devices: Sequence[Device])
         exit_unsaved_bytes=exit_unsaved,
         crossing_bytes=crossing,
         gradient_crossing_bytes=gradient_crossing,
+        passages=_passages(graph),
+        message_seconds=max(device.message_seconds for device in devices),
         transient_bytes=tuple(
             max(
                 layer.backward_transient_bytes,
@@ -155,6 +176,21 @@ def _crossing_bytes(graph: LayerGraph) -> tuple[tuple[int, ...], tuple[int, ...]
             crossing[cut] += specs[name].num_bytes
             gradients[cut] += specs[name].num_bytes if specs[name].requires_grad else 0
     return tuple(crossing), tuple(gradients)
+
+
+def _passages(graph: LayerGraph) -> tuple[Passage, ...]:
+    specs, makers = graph.tensor_specs, graph.makers
+    return tuple(
+        Passage(
+            maker=makers[name],
+            holder=holder,
+            reader=reader,
+            num_bytes=specs[name].num_bytes,
+            requires_grad=specs[name].requires_grad,
+        )
+        for name, readers in graph.readers.items()
+        for holder, reader in itertools.pairwise((makers[name], *sorted(readers)))
+    )
 
 
 def _batch_bytes(graph: LayerGraph) -> tuple[int, tuple[int, ...]]:

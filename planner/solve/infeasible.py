@@ -7,15 +7,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from planner.errors import InfeasibleError, UsageError
+from planner.errors import InfeasibleError, TraceError, UsageError
+from planner.solve.bounds import least_rank_units
 from planner.solve.build import Builder
 from planner.solve.choices import Choice, mesh_groups
-from planner.solve.instance import Instance, least_rank_units, overflow_units, rank_units
+from planner.solve.entry import Clock
+from planner.solve.instance import Instance, overflow_units, rank_units
 from planner.solve.memory import bytes_by_class
 from planner.solve.problem import Problem
+from planner.solve.sizes import Sizes
 from planner.solve.splits import fits, warm_start
 
 __all__ = [
+    "MAX_TRIES",
     "by_headroom",
     "explain",
     "format_bytes",
@@ -127,12 +131,12 @@ def _changes(problem: Problem) -> Iterator[tuple[Problem, Callable[[Choice], str
 def _find_fit(problem: Problem, margin_bytes: int) -> Choice | None:
     """A choice that fits by the memory model, `margin_bytes` spared on every rank."""
     builder = Builder(problem=problem)
-    num_layers = len(problem.graph_at(problem.constraints.micro_batch_size or 1).layers)
+    sizes = Sizes(problem=problem, clock=Clock(limit_seconds=math.inf))
     try:
-        choices = next(mesh_groups(problem, num_layers))
-    except UsageError:
+        choices = next(mesh_groups(problem, sizes.count_layers(), accepts=sizes.accepts))
+    except (TraceError, UsageError):
         return None
-    instances = (builder.instance(choice) for choice in choices)
+    instances = (builder.instance(c) for c in choices if sizes.accepts(c.micro_batch_size))
     spared = [with_margin(i, [margin_bytes] * len(i.fixed_units)) for i in instances]
     possible = [i for i in spared if least_rank_units(i) <= max(i.limit_units)]
     for instance in by_headroom(possible)[:MAX_TRIES]:

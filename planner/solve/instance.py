@@ -14,12 +14,8 @@ from planner.solve.pace import Pace, StageTicks, step_time
 
 __all__ = [
     "Instance",
-    "largest_layer",
-    "least_rank_units",
-    "least_step_ticks",
     "overflow_units",
     "rank_units",
-    "smallest_layers",
     "stage_ticks",
     "step_ticks",
 ]
@@ -39,6 +35,8 @@ class Instance:
     """Prefix sum: ticks of one micro-batch, a second forward not included."""
     update: tuple[int, ...]
     """Prefix sum: ticks of the optimizer's update."""
+    least_update: int
+    """Ticks that the update of a stage takes at least."""
     gather: tuple[int, ...]
     """Prefix sum: ticks to gather the weights; 0 where they are not partitioned."""
     reduce: tuple[int, ...]
@@ -54,6 +52,14 @@ class Instance:
     """The same for the gradients on their way back."""
     hop_kinds: tuple[int, ...]
     """Kind of link from each pipeline rank to the next one in the ring."""
+    entry: tuple[int, ...]
+    """Per cut: ticks of compute that a stage beginning there loses to receiving a micro-batch."""
+    exit: tuple[int, ...]
+    """Per cut: ticks of compute that a stage ending there loses to sending a micro-batch on."""
+    gradient_entry: tuple[int, ...]
+    """Per cut: as entry, for the gradients that the stage sends back."""
+    gradient_exit: tuple[int, ...]
+    """Per cut: as exit, for the gradients that the stage receives."""
     kept: tuple[int, ...]
     """Prefix sum: units of state and activations. A stage [i, j) keeps
     kept[j] - kept[i] + entry_kept[i] - exit_unkept[j]."""
@@ -116,19 +122,24 @@ def _latest(*moments: int) -> int:
 
 def stage_ticks(instance: Instance, boundaries: tuple[int, ...]) -> list[StageTicks]:
     """What each stage of a split takes."""
-    stages, rebuild = [], instance.rebuild
+    stages = []
     for stage, (first, end) in enumerate(itertools.pairwise(boundaries)):
         kind = instance.hop_kind(stage)
+        forward = instance.forward[end] - instance.forward[first]
+        forward += instance.entry[first] + instance.exit[end]
+        backward = instance.backward[end] - instance.backward[first]
+        update = instance.update[end] - instance.update[first]
         stages.append(
             StageTicks(
-                forward=instance.forward[end] - instance.forward[first],
-                rebuild=rebuild[end] - rebuild[first],
-                backward=instance.backward[end] - instance.backward[first],
+                forward=forward,
+                # The simulator takes a stage's predicted forward for it, transfers included.
+                rebuild=forward if instance.choice.recompute else 0,
+                backward=backward + instance.gradient_entry[first] + instance.gradient_exit[end],
                 arrival=instance.hops[kind][first] if stage else 0,
                 gradient_arrival=instance.gradient_hops[kind][first] if stage else 0,
                 gather=instance.gather[end] - instance.gather[first] + instance.gather_per_stage,
                 reduce=instance.reduce[end] - instance.reduce[first] + instance.reduce_per_stage,
-                update=instance.update[end] - instance.update[first],
+                update=max(update, instance.least_update),
             )
         )
     return stages
@@ -158,82 +169,3 @@ def overflow_units(instance: Instance, boundaries: tuple[int, ...]) -> tuple[int
         for units, limit in zip(rank_units(instance, boundaries), instance.limit_units, strict=True)
     ]
     return max(excess), sum(excess)
-
-
-def least_step_ticks(instance: Instance) -> int:
-    """A step time that no split of this instance can undercut (memory left aside).
-
-    Three paths that every split has: one micro-batch through all stages while the others wait
-    for the longest; the busiest rank's compute, after the shortest possible fill and before the
-    shortest drain, or up to its own last update; the data stream of the rank with most traffic.
-    """
-    choice = instance.choice
-    ranks, stages, count = choice.num_pipeline_ranks, choice.num_stages, choice.num_micro_batches
-    hops = [min(table[1:-1], default=0) for table in instance.hops]
-    gradient_hops = [min(table[1:-1], default=0) for table in instance.gradient_hops]
-    kinds = [instance.hop_kind(stage) for stage in range(1, stages)]
-    there = [hops[kind] for kind in kinds]
-    back = [gradient_hops[kind] for kind in kinds]
-    fill = sorted(there)[: ranks - 1] + smallest_layers(instance.forward, ranks - 1)
-    drain = sorted(back)[: ranks - 1] + smallest_layers(instance.backward, ranks - 1)
-    start = instance.gather[1] + instance.gather_per_stage if choice.partition == 3 else 0
-    end = instance.update[1] + instance.reduce[1] + instance.reduce_per_stage
-
-    longest = [
-        max(largest_layer(table), -(-table[-1] // stages))
-        for table in (instance.forward, instance.turn)
-    ]
-    chain = (
-        instance.forward[-1]
-        + instance.backward[-1]
-        + (count - 1) * sum(longest)
-        + sum(there)
-        + sum(back)
-    )
-
-    # While the pipeline drains, the first micro-batch of a rank's last stage is rebuilt unnoticed.
-    pairs = zip(instance.time, instance.rebuild, strict=True)
-    compute = tuple(count * time - rebuild for time, rebuild in pairs)
-    updated = tuple(map(sum, zip(compute, instance.update, strict=True)))
-    busiest = max(largest_layer(compute), -(-compute[-1] // ranks))
-    busiest_updated = max(largest_layer(updated), -(-updated[-1] // ranks))
-
-    gathers = instance.gather[-1] + stages * instance.gather_per_stage
-    reductions = instance.reduce[-1] + stages * instance.reduce_per_stage
-    traffic = -(-(gathers + reductions) // ranks)
-    return instance.tied_ticks + max(
-        start + chain + end,
-        start + sum(fill) + busiest + sum(drain) + end,
-        sum(fill) + busiest_updated,
-        traffic,
-    )
-
-
-def smallest_layers(prefix: tuple[int, ...], number: int) -> list[int]:
-    """The smallest differences of neighbours in a prefix sum."""
-    return sorted(end - first for first, end in itertools.pairwise(prefix))[:number]
-
-
-def largest_layer(prefix: tuple[int, ...]) -> int:
-    """Largest difference of neighbours in a prefix sum."""
-    return max(end - first for first, end in itertools.pairwise(prefix))
-
-
-def least_rank_units(instance: Instance) -> int:
-    """Memory that the fullest rank cannot go below under any split.
-
-    It is at least the mean over ranks, and at least what the largest layer takes alone.
-    """
-    pairs = zip(instance.entry_kept[1:-1], instance.exit_unkept[1:-1], strict=True)
-    cheapest_cut = min((entry - unkept for entry, unkept in pairs), default=0)
-    kept = instance.kept[-1] + (instance.choice.num_stages - 1) * cheapest_cut
-    total = sum(instance.fixed_units) + kept + largest_layer(instance.buffer)
-    alone = max(
-        instance.kept[end]
-        - instance.kept[first]
-        - instance.exit_unkept[end]
-        + instance.buffer[end]
-        - instance.buffer[first]
-        for first, end in itertools.pairwise(range(instance.num_layers + 1))
-    )
-    return max(-(-total // instance.choice.num_pipeline_ranks), alone + min(instance.fixed_units))

@@ -6,8 +6,8 @@
     activations       M micro-batches of what backward needs, or of stage inputs with recompute
     transient         what one micro-batch holds only while it is computed or handed over
 
-The rules are those of `planner.cost.memory`, resolved per layer so that they are linear in the
-cuts. This module does not know limits.
+It is an estimate that is linear in the cuts; the simulator accounts for every buffer of the
+finished program. This module does not know limits.
 """
 
 from collections.abc import Iterable, Sequence

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from ortools.sat.python import cp_model
 
-from planner.solve.instance import Instance, least_step_ticks, stage_ticks
+from planner.solve.bounds import least_step_ticks
+from planner.solve.instance import Instance, stage_ticks
 from planner.solve.pace import StageTicks, step_time
 
 __all__ = ["Split", "solve_split"]
@@ -132,10 +133,12 @@ def _add_step_time(split: _SplitModel) -> cp_model.IntVar:
     """The step's length as a variable that nothing but the constraints holds up."""
     instance, model, cuts = split.instance, split.model, range(split.instance.choice.num_stages)
     horizon = _horizon(instance)
-    forward, backward = split.spans(instance.forward), split.spans(instance.backward)
+    forward = _with_ends(split, instance.forward, instance.entry, instance.exit)
+    backward = _with_ends(split, instance.backward, instance.gradient_entry, instance.gradient_exit)
     rebuild = forward if instance.choice.recompute else [0] * len(forward)
     gather, reduce = split.spans(instance.gather), split.spans(instance.reduce)
-    update = split.spans(instance.update)
+    # Even the smallest update takes its kernel's overhead.
+    update = [_at_least(split, span) for span in split.spans(instance.update)]
     kinds = [instance.hop_kind(cut) for cut in cuts]
     stages = [
         StageTicks(
@@ -178,14 +181,35 @@ def _add_step_time(split: _SplitModel) -> cp_model.IntVar:
     return step
 
 
+def _with_ends(
+    split: _SplitModel, prefix: Sequence[int], begin: Sequence[int], end: Sequence[int]
+) -> list[Linear]:
+    """Each stage's part of a prefix sum, and what it loses to the messages at its two cuts."""
+    return [
+        span + split.look_up(begin, stage) + split.look_up(end, stage + 1)
+        for stage, span in enumerate(split.spans(prefix))
+    ]
+
+
+def _at_least(split: _SplitModel, span: Linear) -> Linear:
+    least = split.instance.least_update
+    if least == 0:
+        return span
+    update = split.model.new_int_var(least, max(least, split.instance.update[-1]), "update")
+    split.model.add(update >= span)
+    return update
+
+
 def _horizon(instance: Instance) -> int:
     """No split takes longer: everything in sequence."""
     choice = instance.choice
     hop = max(max(table) for table in (*instance.hops, *instance.gradient_hops))
-    latency = 2 * instance.gather_per_stage + instance.reduce_per_stage
+    ends = 2 * (max(instance.entry) + max(instance.exit))
+    ends += max(instance.gradient_entry) + max(instance.gradient_exit)
+    latency = instance.least_update + 2 * instance.gather_per_stage + instance.reduce_per_stage
     return (
         instance.tied_ticks
-        + choice.num_micro_batches * (instance.time[-1] + 2 * choice.num_stages * hop)
+        + choice.num_micro_batches * (instance.time[-1] + choice.num_stages * (2 * hop + ends))
         + 2 * instance.gather[-1]
         + instance.reduce[-1]
         + instance.update[-1]

@@ -46,7 +46,8 @@ class Problem:
     memory_limit_bytes: int | None = None
     """Per device; None: the device's memory less what is reserved."""
     time_limit_seconds: float = 20.0
-    """For the whole search, simulations included."""
+    """For the search, simulations included; tracing and profiling the micro-batch sizes, which a
+    model of a hundred layers needs seconds for, is not."""
     seed: int = 0
 
 

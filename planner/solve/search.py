@@ -19,20 +19,19 @@ from planner.solve.entry import (
     placement_of,
     shortlist,
 )
-from planner.solve.infeasible import by_headroom, explain, with_margin
-from planner.solve.instance import least_rank_units, rank_units, step_ticks
+from planner.solve.estimate import MODEL_TOLERANCE, NO_FIT_FOUND, estimate, start
+from planner.solve.infeasible import explain, with_margin
+from planner.solve.instance import rank_units, step_ticks
 from planner.solve.model import solve_split
 from planner.solve.problem import Problem, Simulated
-from planner.solve.splits import fits, greedy_split, uniform_split, warm_start
+from planner.solve.sizes import Sizes
+from planner.solve.splits import greedy_split, uniform_split, warm_start
 from planner.solve.types import Placement, Solution
 
 __all__ = ["solve"]
 
-MAX_ESTIMATES = 60
-MODEL_TOLERANCE = 1.005
-"""The simulator may prefer a choice whose bound is so much above the best objective."""
 MAX_TIGHT = 6
-"""Choices without a fitting start for which CP-SAT is asked to find one."""
+"""Choices without a fitting start for which CP-SAT is asked, by either measure."""
 MAX_CORRECTIONS = 3
 WINDOW = 4
 MAX_SPLIT_SECONDS = 4.0
@@ -43,23 +42,30 @@ def solve(problem: Problem, simulate: Callable[[Placement], Simulated]) -> Solut
 
     Raises UsageError if the demands contradict each other, the model or the cluster, and
     InfeasibleError if nothing fits in memory. Placements that use all devices come first; fewer
-    are used only if none of those fits.
+    are used only if none of those fits. A micro-batch size that the model cannot be traced with
+    is left out, unless it is the only one: then that TraceError is raised.
     """
     clock = Clock(limit_seconds=problem.time_limit_seconds)
-    num_layers = len(problem.graph_at(problem.constraints.micro_batch_size or 1).layers)
+    sizes = Sizes(problem=problem, clock=clock)
+    num_layers = sizes.count_layers()
     check_problem(problem, num_layers)
-    search = _Search(problem=problem, simulate=simulate, clock=clock)
-    for choices in mesh_groups(problem, num_layers):
+    search = _Search(problem=problem, simulate=simulate, clock=clock, sizes=sizes)
+    for choices in mesh_groups(problem, num_layers, accepts=sizes.accepts):
         best = search.best_of(choices)
         if best is not None:
             return search.solution(best)
         if clock.left < clock.limit_seconds / 2:
             break
-    first_group = next(mesh_groups(problem, num_layers))
+    sizes.raise_if_all_refused()
+    first_group = next(mesh_groups(problem, num_layers, accepts=sizes.accepts))
     raise explain(
         problem,
         search.builder,
-        [search.builder.instance(choice) for choice in first_group],
+        [
+            search.builder.instance(choice)
+            for choice in first_group
+            if sizes.accepts(choice.micro_batch_size)
+        ],
         search.margin_bytes,
     )
 
@@ -69,8 +75,11 @@ class _Search:
     problem: Problem
     simulate: Callable[[Placement], Simulated]
     clock: Clock
+    sizes: Sizes
     builder: Builder = field(init=False)
     entries: list[Entry] = field(default_factory=list)
+    refused: list[Choice] = field(default_factory=list)
+    """Choices of a micro-batch size that the model cannot be traced with."""
     margin_bytes: int = 0
     """Largest excess of a simulated peak over the memory model."""
 
@@ -79,16 +88,21 @@ class _Search:
 
     def best_of(self, choices: Iterable[Choice]) -> Entry | None:
         """The fastest simulated entry among the choices; None if none fits."""
-        entries = [make_entry(self.builder.instance(choice)) for choice in choices]
+        entries = []
+        for choice in choices:
+            if self.sizes.accepts(choice.micro_batch_size):
+                entries.append(make_entry(self.builder.instance(choice)))
+            else:
+                self.refused.append(choice)
         self.entries += entries
-        self._estimate(entries)
+        estimate(entries, self.clock)
         self._rescue(entries)
         self._improve(entries)
         chosen = shortlist(entries)
         best: Entry | None = None
         for entry in sorted(chosen, key=lambda entry: entry.objective_seconds):
             if best is not None and self.clock.left <= 0:
-                entry.verdict = "skipped: time limit"
+                entry.verdict = "not simulated: the time limit came first"
                 continue
             self._simulate(entry)
             if entry.step_seconds is not None and (
@@ -97,44 +111,27 @@ class _Search:
                 best = entry
         return best
 
-    def _estimate(self, entries: list[Entry]) -> None:
-        """A split without CP-SAT for every entry whose bound is below the best one found."""
-        best, num_estimates = math.inf, 0
-        for entry in sorted(entries, key=lambda entry: entry.bound_seconds):
-            late = num_estimates >= MAX_ESTIMATES or self.clock.spent > self.clock.limit_seconds / 4
-            if least_rank_units(entry.instance) > max(entry.instance.limit_units):
-                entry.verdict = "infeasible: no rank has the memory that some rank needs"
-            elif entry.bound_seconds > best * MODEL_TOLERANCE:
-                entry.verdict = "bounded"
-            elif late:
-                entry.verdict = "skipped: enough better bounds"
-            else:
-                num_estimates += 1
-                self._start(entry)
-                best = min(best, entry.objective_seconds)
-
-    def _start(self, entry: Entry) -> None:
-        boundaries = warm_start(entry.instance)
-        if fits(entry.instance, boundaries):
-            entry.boundaries = boundaries
-            entry.verdict = "estimated"
-        else:
-            entry.verdict = "infeasible: no fitting split found"
-
     def _rescue(self, entries: list[Entry]) -> None:
-        """Look harder where memory is tight: by CP-SAT, and first of all if nothing fits yet."""
+        """By CP-SAT where memory is tight: a fit for the most promising, a proof that there is
+        none for those whose bounds are lowest."""
         best = min((entry.objective_seconds for entry in entries), default=math.inf)
-        if best == math.inf:
-            skipped = {id(e.instance): e for e in entries if e.verdict.startswith("skipped")}
-            for instance in by_headroom([entry.instance for entry in skipped.values()]):
-                self._start(skipped[id(instance)])
-                best = min(best, skipped[id(instance)].objective_seconds)
-                if best < math.inf or self.clock.spent > self.clock.limit_seconds / 2:
-                    break
-        tight = [e for e in entries if e.verdict == "infeasible: no fitting split found"]
-        for entry in sorted(tight, key=lambda entry: entry.bound_seconds)[:MAX_TIGHT]:
-            if entry.bound_seconds <= best * MODEL_TOLERANCE and self.clock.left > 0:
-                self._refine(entry, self.clock.left / (2 * MAX_TIGHT))
+        tight = [
+            entry
+            for entry in entries
+            if entry.boundaries is None
+            and not entry.is_impossible
+            and entry.bound_seconds <= best * MODEL_TOLERANCE
+        ]
+        chosen = dict.fromkeys(
+            (
+                *sorted(tight, key=lambda entry: entry.score_seconds)[:MAX_TIGHT],
+                *sorted(tight, key=lambda entry: entry.bound_seconds)[:MAX_TIGHT],
+            )
+        )
+        end = self.clock.spent + self.clock.left / 2
+        for number, entry in enumerate(chosen):
+            if entry.bound_seconds <= best * MODEL_TOLERANCE:
+                self._refine(entry, (end - self.clock.spent) / (len(chosen) - number))
                 best = min(best, entry.objective_seconds)
 
     def _improve(self, entries: list[Entry]) -> None:
@@ -155,7 +152,7 @@ class _Search:
                 break
             self._refine(entry, end - self.clock.spent)
             best = min(best, entry.objective_seconds)
-            if entry.bound_seconds > best:
+            if entry.bound_seconds > best * MODEL_TOLERANCE:
                 entry.verdict = "bounded"
 
     def _refine(self, entry: Entry, seconds: float) -> None:
@@ -181,6 +178,9 @@ class _Search:
             entry.verdict = "estimated"
         elif split.proved and entry.boundaries is None:
             entry.verdict = "infeasible: proved that no split fits"
+            entry.is_impossible = True
+        elif entry.boundaries is None:
+            entry.verdict = NO_FIT_FOUND
 
     def _simulate(self, entry: Entry) -> None:
         """Simulate the entry's split; where its peak is above the memory model, split again."""
@@ -209,9 +209,11 @@ class _Search:
         self.margin_bytes = max(self.margin_bytes, *margins)
         entry.instance = with_margin(instance, margins)
         entry.boundaries = None
-        self._start(entry)
+        start(entry)
         if entry.boundaries is None:
             self._refine(entry, self.clock.left / 4)
+            # Another split may need a smaller margin than this one: nothing is proved.
+            entry.is_impossible = False
 
     def _fits(self, choice: Choice, simulated: Simulated) -> bool:
         limits = self.builder.mesh_of(choice).limit_bytes
@@ -236,7 +238,7 @@ class _Search:
         choice, instance = best.instance.choice, best.instance
         uniform = self._baseline(best, uniform_split(instance.num_layers, choice.num_stages))
         greedy = self._baseline(best, greedy_split(instance.time, choice.num_stages))
-        possible = (e for e in self.entries if not e.verdict.startswith("infeasible"))
+        possible = (entry for entry in self.entries if not entry.is_impossible)
         objective = best.objective_seconds
         assert best.boundaries is not None
         assert best.step_seconds is not None
@@ -244,9 +246,14 @@ class _Search:
             placement=placement_of(choice, best.boundaries),
             step_seconds=best.step_seconds,
             objective_seconds=objective,
-            bound_seconds=min(objective, *(entry.bound_seconds for entry in possible)),
+            bound_seconds=min(
+                objective, best.step_seconds, *(entry.bound_seconds for entry in possible)
+            ),
             solve_seconds=self.clock.spent,
             uniform_seconds=uniform,
             greedy_seconds=greedy,
-            candidates=tuple(candidate_of(entry) for entry in self.entries),
+            candidates=(
+                *(candidate_of(entry) for entry in self.entries),
+                *(self.sizes.candidate(choice) for choice in self.refused),
+            ),
         )

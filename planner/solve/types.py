@@ -56,9 +56,10 @@ class Candidate:
     partition: int
     recompute: bool
     verdict: str
-    """`best`, `simulated`, `estimated` (its best split is known and slower), `bounded` (its lower
-    bound exceeds the best), `skipped: why`, `infeasible: why`."""
+    """`best`, `simulated`, `estimated` (its best known split is slower), `bounded` (its lower bound
+    exceeds the best), `not tried: why`, `not simulated: why`, `infeasible: why`."""
     bound_seconds: float
+    """Infinite where the model cannot be traced with the micro-batch size."""
     step_seconds: float | None = None
     """Simulated; None where pruned or infeasible."""
 
@@ -73,8 +74,9 @@ class Solution:
     objective_seconds: float
     """The solver's objective for it (the step-time model that CP-SAT minimises)."""
     bound_seconds: float
-    """No candidate's objective can be below this."""
+    """No candidate's objective can be below this, those included for which no fit was found."""
     solve_seconds: float
+    """Of the search; tracing and profiling the micro-batch sizes is not included."""
     uniform_seconds: float | None
     """Simulated step time of the equal-count split of the same mesh; None if it does not fit."""
     greedy_seconds: float | None

@@ -14,11 +14,12 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.errors import TraceError
+from planner.errors import LgaError
 from planner.graph import TensorSpec
 from planner.operators import is_random_operator
 from planner.plan.code import Statement, references
 from planner.trace.interpret import Context, execute
+from planner.trace.refusals import check_loss, statement_error
 from planner.trace.watched_batch import WatchedBatch
 
 __all__ = ["Analysis", "Facts", "analyse", "describe"]
@@ -115,6 +116,7 @@ def analyse(statements: Sequence[Statement], context: Context) -> Analysis:
     """Run the statements under the current FakeTensorMode.
 
     Raises:
+        ModelFileError: loss_fn raised.
         TraceError: the loss is not a scalar tensor, or no trainable parameter reaches it.
     """
     watched = WatchedBatch(context.batch)
@@ -126,20 +128,15 @@ def analyse(statements: Sequence[Statement], context: Context) -> Analysis:
     with _Observer() as observer:
         for statement in statements:
             used = loss_context if statement.function == "loss" else context
-            drafts.append(_run(statement, values, used, observer))
+            try:
+                drafts.append(_run(statement, values, used, observer))
+            except LgaError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise statement_error(statement, error) from None
             values[statement.target] = drafts[-1].value
-    loss = values["loss"]
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise TraceError(
-            f"the loss is {shape}, not one number", hint="take its mean over the batch's samples"
-        )
-    if not loss.requires_grad:
-        raise TraceError(
-            "no trainable parameter has an effect on the loss",
-            hint="check requires_grad, detach() and no_grad in the model",
-        )
-    nodes, trained = _reached(loss)
+    check_loss(values["loss"], context.model)
+    nodes, trained = _reached(values["loss"])
     facts = tuple(
         _facts(statement, draft, nodes) for statement, draft in zip(statements, drafts, strict=True)
     )

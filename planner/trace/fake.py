@@ -6,7 +6,7 @@ takes the kernel that a real run takes. Nothing of a model's size is allocated.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.errors import ModelFileError, TraceError
-from planner.model_file import ModelFile
+from planner.model_file import ModelFile, raised_at
 
-__all__ = ["build_on_meta", "fake_batch", "fake_copy", "fake_like", "fake_run"]
+__all__ = ["fake_batch", "fake_copy", "fake_like", "fake_run"]
 
 
 class _FakeKernels(TorchDispatchMode):
@@ -44,29 +44,6 @@ def fake_run(mode: FakeTensorMode) -> Iterator[None]:
             yield
     finally:
         logger.disabled = was_disabled
-
-
-def build_on_meta(build_model: Callable[[], nn.Module], name: str) -> nn.Module:
-    """Build the model without allocating it.
-
-    Raises:
-        ModelFileError: `build_model` fails, or returns something other than a module.
-    """
-    try:
-        with torch.device("meta"):
-            model = build_model()
-    except Exception as error:
-        raise ModelFileError(
-            f"build_model of {name} raised {type(error).__name__}: {error}",
-            hint="it is called under torch.device('meta'), where tensors have no values: give "
-            "tensors whose values it reads device='cpu'",
-        ) from None
-    if not isinstance(model, nn.Module):
-        raise ModelFileError(
-            f"build_model of {name} returned {type(model).__name__}, not a torch.nn.Module",
-            hint="return the model itself",
-        )
-    return model
 
 
 def fake_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,14 +86,15 @@ def fake_batch(
     try:
         with torch.random.fork_rng(devices=[]):
             batch = model_file.example_batch(batch_size)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelFileError(
-            f"example_batch({batch_size}) raised {type(error).__name__}: {error}",
-            hint="it returns a dict of tensors with batch_size rows each",
+            f"example_batch({batch_size}) raised {type(error).__name__}: {error}{raised_at(error)}",
+            hint="correct it: it returns a dict of tensors with batch_size rows each",
         ) from None
     if not isinstance(batch, Mapping) or not batch:
+        what = "an empty dict" if isinstance(batch, Mapping) else type(batch).__name__
         raise ModelFileError(
-            f"example_batch({batch_size}) returned {type(batch).__name__}, not a filled dict",
+            f"example_batch({batch_size}) returned {what}, not a dict with tensors in it",
             hint="return a dict from the model's keyword arguments to tensors",
         )
     for key, value in batch.items():

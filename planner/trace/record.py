@@ -7,31 +7,24 @@ are, unrecorded, on fake tensors. This module knows torch.fx. It does not know s
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 from torch.fx.experimental import proxy_tensor
 
-from planner.errors import TraceError
+from planner.errors import LgaError, TraceError
+from planner.model_file import raised_at
+from planner.trace.refusals import NO_VALUES, reads_values, refuse_in_glue
 
 __all__ = ["Recording", "leaf_call", "record"]
 
-_NOT_THE_USERS = ("<", str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _WAY_OUT = (
     "list the modules that run in sequence: `layers = [...]` in the model file, of nn.Modules or "
     "of module paths"
 )
-_NO_VALUES = (
-    "a forward that reads tensor values (.item(), `if tensor:`, boolean indexing) cannot be "
-    "planned; use torch.where, or compute the value when the batch is made"
-)
+_PLAIN_FIRST = "run build_model()(**example_batch(2)) in plain PyTorch"
 
 
 @fx.has_side_effect
@@ -69,7 +62,7 @@ def record(
 
     def forward(*tensors: torch.Tensor) -> list[Any]:
         # Inside the traced function: fx replaces Module.__call__ too, around it.
-        with _leaves_recorded(model, leaves, running):
+        with _leaves_recorded(model, leaves, running), refuse_in_glue(lambda: bool(running)):
             output = call(dict(zip(keys, tensors, strict=True)))
         flat, spec = pytree.tree_flatten(output)
         specs.append(spec)
@@ -77,9 +70,9 @@ def record(
 
     try:
         traced = proxy_tensor.make_fx(forward, pre_dispatch=True)(*batch.values())
-    except TraceError:
+    except LgaError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _trace_error(error, running) from None
     output_node = traced.graph.output_node()
     flat_output = list(output_node.args[0])  # type: ignore[arg-type]
@@ -186,19 +179,11 @@ def _track(value: Any, proxy: Any, tracer: Any) -> None:
                     _track(item, getattr(proxy, name), tracer)
 
 
-def _trace_error(error: Exception, running: list[str]) -> TraceError:
+def _trace_error(error: BaseException, running: list[str]) -> TraceError:
     where = f"in module {running[-1]!r}" if running else "between its layers"
-    frame = error.__traceback__
-    line = ""
-    while frame is not None:
-        code = frame.tb_frame.f_code
-        if not code.co_filename.startswith(_NOT_THE_USERS):
-            line = f"\n  {code.co_filename}, line {frame.tb_lineno}, in {code.co_name}"
-        frame = frame.tb_next
     text = str(error).strip().splitlines()
     reason = text[0] if text else ""
-    reads_values = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
     return TraceError(
-        f"the model cannot be traced: {where}, {type(error).__name__}: {reason}{line}",
-        hint=_NO_VALUES if reads_values else _WAY_OUT,
+        f"the model cannot be traced: {where}, {type(error).__name__}: {reason}{raised_at(error)}",
+        hint=NO_VALUES if reads_values(error) else f"{_PLAIN_FIRST}; if it runs, {_WAY_OUT}",
     )

@@ -118,6 +118,7 @@ class _Writer:
                 self.fresh(self.result_name(node)), function, self.convert_all(node.args, function)
             )
             self.aliases.remember(node)
+            self.detach_in_no_grad(node)
         else:
             raise TraceError(
                 f"the model calls {node.target} between its layers, which a plan cannot hold",
@@ -252,8 +253,7 @@ class _Writer:
         node = _find_loss(output)
         if node is None:
             raise TraceError(
-                f"there is no loss_fn, and the model returns {type(output).__name__} without a "
-                "scalar loss in it",
+                "there is no loss_fn, and the model returns no scalar loss",
                 hint="add `def loss_fn(output, batch)` to the model file, or return the loss",
             )
         self.add("loss", "getitem", [(self.refer(node),), 0])

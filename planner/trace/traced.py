@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from planner.errors import LgaError, ModelFileError, TraceError
+from planner.errors import ModelFileError, TraceError
 from planner.graph import LayerGraph
-from planner.model_file import ModelFile, fingerprint, forward_keys
+from planner.model_file import ModelFile, build_on_meta, fingerprint, forward_keys
 from planner.trace.analyse import analyse
-from planner.trace.fake import build_on_meta, fake_batch, fake_copy, fake_run
+from planner.trace.fake import fake_batch, fake_copy, fake_run
 from planner.trace.interpret import Context
 from planner.trace.layers import build_layer_graph
 from planner.trace.leaves import choose_leaves, descend
@@ -84,15 +84,7 @@ class TracedModel:
             recording = record(self.model, self._call, batch, self.leaves)
             has_loss_fn = self.model_file.loss_fn is not None
             statements = write_statements(recording, self.model, batch, has_loss_fn=has_loss_fn)
-            try:
-                analysis = analyse(statements, self.context(batch))
-            except LgaError:
-                raise
-            except Exception as error:
-                raise TraceError(
-                    f"running the traced model failed: {type(error).__name__}: {error}",
-                    hint="loss_fn and the layers must run without reading tensor values",
-                ) from None
+            analysis = analyse(statements, self.context(batch))
         statements, analysis = free_unread(statements, analysis)
         return build_layer_graph(
             statements,
@@ -107,6 +99,7 @@ class TracedModel:
     def _call(self, batch: dict[str, torch.Tensor]) -> Any:
         if not self.model_file.layers:
             keys = forward_keys(self.model, batch)
+            _check_arguments(self.model, batch)
             return self.model(**{key: batch[key] for key in keys})
         modules = [self.model.get_submodule(path) for path in self.model_file.layers]
         value = _call_first(modules[0], batch)
@@ -128,6 +121,19 @@ class TracedModel:
                 self.leaves = coarse
                 self._graphs.clear()
                 return
+
+
+def _check_arguments(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a batch without an argument that the model's forward cannot do without."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in variable
+        if needed and name not in batch:
+            raise ModelFileError(
+                f"forward of {type(model).__name__} needs {name!r}, which is no key of "
+                f"example_batch: it has {', '.join(batch)}",
+                hint="name the keys of the batch as forward names its arguments",
+            )
 
 
 def _call_first(module: nn.Module, batch: dict[str, torch.Tensor]) -> Any:

@@ -1,0 +1,122 @@
+"""What a plan could only get wrong silently is refused by the tracer, or traced right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from planned import assert_same, plan_of
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from planner.errors import TraceError
+from planner.measure import measure
+from planner.model_file import ModelFile, model_from_functions
+from planner.trace import trace
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and lets gradients through."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # noqa: ARG004
+        return value.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
+        return gradients[0]
+
+
+class Two(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between = between
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return self.second(self.between(self.first(input)))
+
+
+class Rounding(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Straight.apply(x)
+
+
+class Checkpointed(nn.Module):
+    """A layer that saves memory by itself."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(dropout), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.weight, x + self.weight
+
+
+class FrozenByNoGrad(nn.Module):
+    """Its first layer hands on two tensors and is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Pair(), nn.Linear(4, 4)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        with torch.no_grad():
+            one, other = self.first(input)
+        return self.second(one + other)
+
+
+def model_file(build: Callable[[], nn.Module]) -> ModelFile:
+    return model_from_functions(
+        build,
+        lambda batch_size: {"input": torch.randn(batch_size, 4)},
+        loss_fn=lambda output, _: output.square().mean(),
+        name="odd",
+    )
+
+
+def hooked(value: Tensor) -> Tensor:
+    if value.requires_grad:
+        value.register_hook(lambda gradient: gradient * 2)
+    return value
+
+
+def test_an_autograd_function_between_layers_is_refused() -> None:
+    with pytest.raises(TraceError, match="Straight"):
+        trace(model_file(lambda: Two(Straight.apply)))
+
+
+def test_a_gradient_hook_between_layers_is_refused() -> None:
+    with pytest.raises(TraceError, match="register_hook"):
+        trace(model_file(lambda: Two(hooked)))
+
+
+def test_an_autograd_function_inside_a_layer_is_the_users_own() -> None:
+    whole = model_file(lambda: nn.Sequential(nn.Linear(4, 4), Rounding(), nn.Linear(4, 4)))
+    assert_same(whole, plan_of(whole, (0, 1, 2), num_pipeline_ranks=2))
+
+
+def test_randomness_that_backward_draws_again_is_refused() -> None:
+    def build(dropout: float) -> Callable[[], nn.Module]:
+        return lambda: nn.Sequential(nn.Linear(4, 4), Checkpointed(dropout), nn.Linear(4, 4))
+
+    with pytest.raises(TraceError, match="draws random numbers again in backward"):
+        measure(trace(model_file(build(0.5))), 2)
+    sound = model_file(build(0.0))
+    assert_same(sound, plan_of(sound, (0, 1, 3), num_pipeline_ranks=2))
+
+
+def test_several_results_of_a_layer_under_no_grad_are_detached() -> None:
+    frozen = model_file(FrozenByNoGrad)
+    assert_same(frozen, plan_of(frozen, (0, 1, 2), num_pipeline_ranks=2))
