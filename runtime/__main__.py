@@ -1,4 +1,4 @@
-"""One rank: `torchrun ... -m runtime PLAN MODEL`, or started by lga-run."""
+"""One rank of a run: started by `lga-run`, or by torchrun with `-m runtime PLAN MODEL`."""
 
 import os
 import sys
