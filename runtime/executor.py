@@ -150,6 +150,7 @@ class Executor:
     def state_dict(self) -> dict[str, Tensor]:
         """Whole parameters of this rank's stages and buffers of their modules, by name.
 
+        As in the model's own state_dict, buffers that are made anew are not part of it.
         With a partitioned state this is a collective over the replicas.
         """
         found: dict[str, Tensor] = {}
@@ -160,7 +161,8 @@ class Executor:
                 what = f"state of unit {state.unit.name}"
                 self._rank.transport.gather(state.shard, flat, what).wait()
             found.update({name: view.clone() for name, view in state.views(flat)})
-        return found | self.buffers()
+        saved = self._model.state_dict().keys()
+        return found | {name: value for name, value in self.buffers().items() if name in saved}
 
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers of the modules in this rank's stages, by name."""

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from planned import plan_of
 from torch import Tensor, nn
-from training import even_plan, example
+from training import even_plan, example, train_by_plan
 
 from planner.errors import ModelFileError, PlanFileError, UsageError
+from planner.model_file import model_from_functions
 from planner.plan.code import Reference, Statement
 from runtime.build import make_executor
 from runtime.code import StageProgram
@@ -229,3 +231,26 @@ def test_executor_frees_the_parameters_of_other_ranks() -> None:
     held = run_local(plan, run)
     assert sum(held) == whole
     assert all(0 < part < whole for part in held)
+
+
+def test_state_holds_what_the_models_own_state_dict_holds() -> None:
+    class Tables(nn.Module):
+        """A layer with a buffer to save and one that is made anew."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+            self.register_buffer("kept", torch.ones(4))
+            self.register_buffer("made", torch.ones(4), persistent=False)
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return input * self.weight * self.kept * self.made
+
+    model_file = model_from_functions(
+        lambda: nn.Sequential(Tables(), Tables()),
+        lambda batch_size: {"input": torch.randn(batch_size, 4)},
+        loss_fn=lambda output, _: output.square().mean(),
+    )
+    plan = plan_of(model_file, (0, 1, 2), num_pipeline_ranks=2)
+    state = train_by_plan(model_file, plan, num_steps=1).state
+    assert state.keys() == model_file.build_model().state_dict().keys()

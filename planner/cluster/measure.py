@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -92,8 +93,11 @@ def _measure_machine() -> _Machine:
     # Loads torch, which takes a second, and clusters known by name do not need it.
     from planner.cluster.kernels import measure_kernels
 
-    rates = measure_kernels()
-    transfer = _measure_transfer(_TRANSFER_DEADLINE_SECONDS)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # The transfer's process spends most of its time importing torch, on another core.
+        measured = pool.submit(_measure_transfer, _TRANSFER_DEADLINE_SECONDS)
+        rates = measure_kernels()
+        transfer = measured.result()
     note = "" if transfer else "; loopback transfer could not be measured: documented figures"
     num_cores = _num_cores()
     version = importlib.metadata.version("torch")
