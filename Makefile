@@ -5,9 +5,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := build/demo
-# Left to itself the planner takes 1 on this model, and the run is slower than planned: it
-# underestimates what each further micro-batch costs between processes.
-DEMO_MICRO_BATCH_SIZE := 4
 
 # One thread per process: ranks share the cores, and sums keep one order.
 export OMP_NUM_THREADS := 1
@@ -29,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/lga-plan examples/gpt.py --gpus 8 --batch-size 32 --output $(DEMO)/gpt-8.plan.yaml
 	@echo "== A plan for a pipeline of 4 processes on this machine"
 	$(BIN)/lga-plan examples/gpt.py --gpus 4 --cluster cpu --pipeline-ranks 4 --batch-size 32 \
-	  --micro-batch-size $(DEMO_MICRO_BATCH_SIZE) --output $(DEMO)/gpt-cpu.plan.yaml
+	  --output $(DEMO)/gpt-cpu.plan.yaml
 	@echo "== Its proof, and its timeline"
 	$(BIN)/lga-check $(DEMO)/gpt-cpu.plan.yaml
 	$(BIN)/lga-show $(DEMO)/gpt-cpu.plan.yaml

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from planner.console import console as shared_console
 from planner.errors import VerifyError
 from planner.model_file import ModelFile
 from planner.plan.types import Plan
@@ -60,7 +61,7 @@ def _run(
     device: torch.device,
 ) -> str:
     """What verification found wrong, empty if nothing."""
-    console = Console(quiet=world_rank != 0, highlight=False)
+    console = shared_console if world_rank == 0 else Console(quiet=True)
     batches = Batches(model_file, plan)
     if batches.is_random:
         console.print("no build_dataset in the model file: training on random batches")
