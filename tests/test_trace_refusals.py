@@ -120,3 +120,16 @@ def test_randomness_that_backward_draws_again_is_refused() -> None:
 def test_several_results_of_a_layer_under_no_grad_are_detached() -> None:
     frozen = model_file(FrozenByNoGrad)
     assert_same(frozen, plan_of(frozen, (0, 1, 2), num_pipeline_ranks=2))
+
+
+def test_statistics_of_a_layer_read_between_layers_are_refused() -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return self.head(self.norm(input)) / self.norm.running_var
+
+    with pytest.raises(TraceError, match=r"norm\.running_var.*layer 'norm'"):
+        trace(model_file(Normalised))

@@ -3,7 +3,7 @@
 It does not know how a model is recorded or run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,14 @@ from planner.errors import LgaError, ModelFileError, TraceError
 from planner.model_file import raised_at
 from planner.plan.code import Statement
 
-__all__ = ["NO_VALUES", "check_loss", "reads_values", "refuse_in_glue", "statement_error"]
+__all__ = [
+    "NO_VALUES",
+    "check_loss",
+    "reads_values",
+    "refuse_changing_buffer",
+    "refuse_in_glue",
+    "statement_error",
+]
 
 NO_VALUES = (
     "code that reads tensor values (.item(), `if tensor:`, boolean indexing) cannot be "
@@ -116,3 +123,20 @@ def _hidden(what: str) -> TraceError:
         f"the model calls {what} between its layers, where a plan cannot keep its gradient",
         hint="put it into an nn.Module of its own: layers run as they are",
     )
+
+
+def refuse_changing_buffer(name: str, buffer: torch.Tensor, layers: Collection[str]) -> None:
+    """Refuse glue that reads what a layer may change: another rank would read an old value.
+
+    Tables of integers (positions, token types) are not statistics, and stay as they are.
+
+    Raises:
+        TraceError: names the buffer and the layer that owns it.
+    """
+    owner = next((path for path in layers if name.startswith(f"{path}.")), None)
+    if owner is not None and buffer.is_floating_point():
+        raise TraceError(
+            f"the model reads buffer {name!r} between its layers, but it belongs to layer "
+            f"{owner!r}, which may change it",
+            hint="read it inside that layer, or keep a buffer of the outer module",
+        )

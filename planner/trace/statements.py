@@ -20,6 +20,7 @@ from planner.errors import TraceError
 from planner.plan.code import FUNCTIONS, Reference, Statement, Symbol
 from planner.trace.aliases import Aliases
 from planner.trace.record import Recording, leaf_call
+from planner.trace.refusals import refuse_changing_buffer
 
 __all__ = ["identifier", "write_statements"]
 
@@ -62,6 +63,7 @@ class _Writer:
         self.keys = iter(batch)
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.buffers = {id(b): name for name, b in model.named_buffers()}
+        self.called = {str(n.args[0]) for n in recording.graph.nodes if n.target is leaf_call}
         self.names: dict[fx.Node, str] = {}
         self.constant_names: dict[int, str] = {}
         """id() of a parameter, buffer or constant -> the statement that reads it."""
@@ -142,6 +144,7 @@ class _Writer:
             self.names[node] = self.add(self.fresh(name), "parameter", [name])
             self.aliases.remember(node, f"parameter {name!r}")
         elif (name := self.buffers.get(id(value))) is not None:
+            refuse_changing_buffer(name, value, self.called)
             self.names[node] = self.add(self.fresh(name), "buffer", [name])
             self.aliases.remember(node, f"buffer {name!r}")
         else:
