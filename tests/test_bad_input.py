@@ -129,7 +129,7 @@ def test_what_is_no_model_file(folder: Path, model: str) -> None:
         (("--gpus", "100000000"), "more than the"),
         (("--time-limit", "nan"), "finite"),
         (("--seed", "9" * 23), "not in the range"),
-        (("--batch-size", "8", "--micro-batch-size", "3"), "not divisible by 3"),
+        (("--batch-size", "8", "--micro-batch-size", "3"), "not divisible by micro-batch size 3"),
         (("--pipeline-ranks", "2", "--stages-per-rank", "4"), "the model has 6 layers"),
         (("--gpus", "4"), "2 devices"),
         (("--cluster", "a100"), "did you mean a100-40 or a100-80?"),

@@ -116,7 +116,7 @@ def _check_batch(problem: Problem) -> None:
         product *= value
     complete = len(demanded) == len(factors)
     if (batch % product) if not complete else (batch != product):
-        terms = " x ".join(f"{value} {name}" for name, value in demanded.items())
+        terms = " x ".join(f"{name} {value}" for name, value in demanded.items())
         multiple = max(1, round(batch / product)) * product if not complete else product
         relation = "is not equal to" if complete else "is not divisible by"
         raise UsageError(
@@ -149,9 +149,16 @@ def mesh_groups(
     if not found:
         raise UsageError(
             f"no mesh of up to {problem.num_devices} devices serves a global batch of "
-            f"{problem.global_batch_size} samples under {problem.constraints}",
+            f"{problem.global_batch_size} samples with {_demands(problem.constraints)}",
             hint="leave one of these choices free (partition 3 needs at least two replicas)",
         )
+
+
+def _demands(wanted: Constraints) -> str:
+    """What the user fixed, in words."""
+    fixed = {name: getattr(wanted, name) for name in Constraints.__dataclass_fields__}
+    given = [f"{name.replace('_', ' ')} {v}" for name, v in fixed.items() if v is not None]
+    return ", ".join(given) or "nothing demanded"
 
 
 def _meshes(wanted: Constraints, used: int, num_layers: int) -> Iterator[tuple[int, int]]:
