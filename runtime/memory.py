@@ -4,15 +4,15 @@ On CUDA the allocator knows it. On the CPU every live storage is followed while 
 slows that step down; so it is done for one step, whose time does not count.
 """
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from planner.storages import LiveStorages, tensors_in
 
 __all__ = ["PeakMemory", "peak_memory"]
 
@@ -23,30 +23,12 @@ class PeakMemory:
     num_bytes = 0
 
 
-class _StorageTracker(TorchDispatchMode):
-    """Adds up live storages as operators make them and as they die."""
+class _Watcher(TorchDispatchMode):
+    """Follows what operators make."""
 
-    def __init__(self) -> None:
+    def __init__(self, storages: LiveStorages) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._alive: dict[int, weakref.ref[Any]] = {}
-        self._live_bytes = 0
-        self.peak_bytes = 0
-
-    def follow(self, tensor: Tensor) -> None:
-        """Count the tensor's storage from now until it is freed."""
-        storage = tensor.untyped_storage()
-        identity = storage._cdata
-        if identity in self._alive or tensor.device.type != "cpu":
-            return
-        num_bytes = storage.nbytes()
-
-        def forget(_: object) -> None:
-            if self._alive.pop(identity, None) is not None:
-                self._live_bytes -= num_bytes
-
-        self._alive[identity] = weakref.ref(storage, forget)
-        self._live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+        self._storages = storages
 
     def __torch_dispatch__(
         self,
@@ -56,9 +38,8 @@ class _StorageTracker(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.follow(leaf)
+        for tensor in tensors_in(result):
+            self._storages.watch(tensor)
         return result
 
 
@@ -76,9 +57,9 @@ def peak_memory(resident: Iterable[Tensor], device: torch.device) -> Iterator[Pe
         yield peak
         peak.num_bytes = torch.cuda.max_memory_allocated(device)
         return
-    tracker = _StorageTracker()
+    storages = LiveStorages()
     for tensor in resident:
-        tracker.follow(tensor)
-    with tracker:
+        storages.watch(tensor)
+    with _Watcher(storages):
         yield peak
-    peak.num_bytes = tracker.peak_bytes
+    peak.num_bytes = storages.peak_bytes

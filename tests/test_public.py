@@ -16,7 +16,7 @@ import runtime
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.errors",),
-    ("planner.operators",),
+    ("planner.operators", "planner.storages"),
     ("planner.plan.code",),
     ("planner.graph",),
     ("planner.cluster.types",),
@@ -49,6 +49,7 @@ RUNTIME_MAY_IMPORT = (
     "planner.model_file",
     "planner.operators",
     "planner.plan",
+    "planner.storages",
     "planner.timeline",
 )
 

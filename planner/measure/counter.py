@@ -5,31 +5,21 @@ Works alike on fake and real tensors. It does not know layers or what a run is f
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.measure.flop import count_flop
 from planner.operators import is_random_operator
 from planner.profile import OperatorCount
+from planner.storages import LiveStorages, storage_key, tensors_in
 
-__all__ = ["KernelCounter", "SavedTensors", "storage_key", "tensors_in"]
+__all__ = ["KernelCounter", "SavedTensors"]
 
 # They reserve memory and launch nothing.
 _NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.lift_fresh")
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Identity of the memory that a tensor looks at."""
-    return int(tensor.untyped_storage()._cdata)
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor inside nested lists, tuples and dicts."""
-    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 class KernelCounter(TorchDispatchMode):
@@ -38,11 +28,15 @@ class KernelCounter(TorchDispatchMode):
     def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._counts: Counter[tuple[int, int, str, bool]] = Counter()
-        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._existing = list(existing)
-        self._existing_keys = {storage_key(tensor) for tensor in self._existing}
-        self.live_bytes = 0
-        self.peak_bytes = 0
+        self._storages = LiveStorages(ignored=existing)
+
+    @property
+    def live_bytes(self) -> int:
+        return self._storages.live_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._storages.peak_bytes
 
     @property
     def counts(self) -> tuple[OperatorCount, ...]:
@@ -57,8 +51,7 @@ class KernelCounter(TorchDispatchMode):
     def restart(self) -> int:
         """Forget the counts and the peak; live storages stay known. Returns the live bytes."""
         self._counts.clear()
-        self.peak_bytes = self.live_bytes
-        return self.live_bytes
+        return self._storages.restart()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,23 +64,8 @@ class KernelCounter(TorchDispatchMode):
             draws = is_random_operator(func, args, kwargs)
             self._counts[flop, moved, _dtype([*outputs, *inputs]), draws] += 1
         for tensor in outputs:
-            self._watch(tensor)
+            self._storages.watch(tensor)
         return result
-
-    def _watch(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._existing_keys or key in self._live:
-            return
-        num_bytes = storage.nbytes()
-
-        def freed(_: object) -> None:
-            del self._live[key]
-            self.live_bytes -= num_bytes
-
-        self._live[key] = weakref.ref(storage, freed)
-        self.live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
 def _is_kernel(

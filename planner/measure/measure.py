@@ -15,8 +15,9 @@ from torch import nn
 
 from planner.errors import TraceError
 from planner.graph import LayerGraph, LayerNode, StageCode, TensorSpec
-from planner.measure.counter import KernelCounter, SavedTensors, storage_key
+from planner.measure.counter import KernelCounter, SavedTensors
 from planner.profile import LayerProfile, OperatorCount, Profile
+from planner.storages import storage_key
 from planner.trace import Context, TracedModel, run_statements
 from planner.trace.fake import fake_run
 

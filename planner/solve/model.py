@@ -111,13 +111,8 @@ def solve_split(
     for cut, position in zip(cuts, hint, strict=True):
         model.add_hint(cut, position)
 
-    # Solve. One worker closes as fast as two here; and unless the machine is so slow that the clock
-    # ends the search before the solver's own measure of time does, every run gives one answer.
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = time_limit_seconds / 2
-    solver.parameters.max_time_in_seconds = time_limit_seconds
+    # Solve.
+    solver = _make_solver(time_limit_seconds, seed)
     status = solver.solve(model)
     least = least_step_ticks(instance)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
@@ -127,6 +122,18 @@ def solve_split(
         bound_ticks=max(least, round(solver.best_objective_bound)),
         proved=status == cp_model.OPTIMAL,
     )
+
+
+def _make_solver(time_limit_seconds: float, seed: int) -> cp_model.CpSolver:
+    """One worker closes as fast as two here; and unless the machine is so slow that the clock ends
+    the search before the solver's own measure of time does, every run gives one answer.
+    """
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = seed
+    solver.parameters.max_deterministic_time = time_limit_seconds / 2
+    solver.parameters.max_time_in_seconds = time_limit_seconds
+    return solver
 
 
 def _add_step_time(split: _SplitModel) -> cp_model.IntVar:

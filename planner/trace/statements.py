@@ -230,17 +230,14 @@ class _Writer:
     def rebuild(self, value: Any, where: str) -> Reference:
         """A value of a class that torch's pytree knows, through `unflatten`."""
         flat, spec = pytree.tree_flatten(value)
-        try:
-            if not flat or flat[0] is value:
-                raise NotImplementedError
-            text = pytree.treespec_dumps(spec)
-        except NotImplementedError:
+        text = _dumped(spec) if flat and flat[0] is not value else None
+        if text is None:
             raise TraceError(
                 f"{where} takes or gives an object of type {type(value).__name__}, "
                 "which a plan cannot hold",
                 hint="use tensors, numbers, strings, and lists, tuples and dicts of them; or "
                 "list the layers: `layers = [...]` in the model file",
-            ) from None
+            )
         leaves = self.convert_all(flat, where)
         return Reference(self.add(self.fresh("rebuilt"), "unflatten", [text, leaves]))
 
@@ -281,3 +278,11 @@ def _find_loss(output: Any) -> fx.Node | None:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 1 and value.is_floating_point()
+
+
+def _dumped(spec: pytree.TreeSpec) -> str | None:
+    """The specification as text; None where a class in it has no name to be found by."""
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError:
+        return None
