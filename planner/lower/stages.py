@@ -52,7 +52,14 @@ def make_stage(
         backward_seconds=math.fsum(backward for _, backward in seconds)
         + device.message_seconds * backward_messages,
         saved_bytes=saved_bytes,
-        forward_transient_bytes=_forward_transient(graph, layers, saved_bytes, recompute),
+        forward_transient_bytes=(
+            max(layer.forward_transient_bytes for layer in layers)
+            if recompute
+            else _saving_transient(graph, layers, saved_bytes)
+        ),
+        recompute_transient_bytes=(
+            _saving_transient(graph, layers, saved_bytes) if recompute else 0
+        ),
         backward_transient_bytes=max(layer.backward_transient_bytes for layer in layers),
     )
 
@@ -84,16 +91,11 @@ def _saved_bytes(
     )
 
 
-def _forward_transient(
-    graph: LayerGraph, layers: Sequence[LayerProfile], saved_bytes: int, recompute: bool
-) -> int:
-    """Peak during forward above what it leaves behind.
+def _saving_transient(graph: LayerGraph, layers: Sequence[LayerProfile], saved_bytes: int) -> int:
+    """Peak of a forward that saves, above all that it saves.
 
-    With recompute nothing is left, so it is the largest layer's peak. Without, a layer's peak
-    stands on what the earlier layers kept, all of which is part of the saved bytes.
+    A layer's peak stands on what the earlier layers have kept.
     """
-    if recompute:
-        return max(layer.forward_transient_bytes for layer in layers)
     specs = graph.tensor_specs
     peak = before = 0
     seen: set[str] = set()

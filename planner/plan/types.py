@@ -132,6 +132,9 @@ class StagePlan:
     saved_bytes: int = 0
     """Kept from forward (or recompute) to backward for one micro-batch, less boundary tensors."""
     forward_transient_bytes: int = 0
+    """Peak of FORWARD above what it saves; with recompute it saves nothing."""
+    recompute_transient_bytes: int = 0
+    """Peak of RECOMPUTE above what it saves."""
     backward_transient_bytes: int = 0
 
 

@@ -105,10 +105,13 @@ def _table_problems(plan: Plan) -> Iterator[str]:
         yield from _missing(what, "tensor", [*stage.inputs, *stage.outputs], {*tensors, "loss"})
         yield from _missing(what, "batch key", stage.batch_keys, keys)
         yield from _missing(what, "unit", stage.units, units)
-        if (
-            min(stage.saved_bytes, stage.forward_transient_bytes, stage.backward_transient_bytes)
-            < 0
-        ):
+        sizes = (
+            stage.saved_bytes,
+            stage.forward_transient_bytes,
+            stage.recompute_transient_bytes,
+            stage.backward_transient_bytes,
+        )
+        if min(sizes) < 0:
             yield f"{what} has a negative size"
         if not (0 <= stage.forward_seconds < 1e9 and 0 <= stage.backward_seconds < 1e9):
             yield f"{what} has an impossible duration"

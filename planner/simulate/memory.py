@@ -183,8 +183,10 @@ def _class_of(buffer: str) -> str:
 
 def _transient_bytes(plan: Plan, instruction: Instruction) -> int:
     match instruction.opcode:
-        case Opcode.FORWARD | Opcode.RECOMPUTE:
+        case Opcode.FORWARD:
             return plan.stages[instruction.stage or 0].forward_transient_bytes
+        case Opcode.RECOMPUTE:
+            return plan.stages[instruction.stage or 0].recompute_transient_bytes
         case Opcode.BACKWARD:
             return plan.stages[instruction.stage or 0].backward_transient_bytes
     return 0
