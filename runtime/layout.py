@@ -4,7 +4,7 @@ Kernels choose their order of additions by the layout of what they are given, so
 with the layout that it had where it was made. This module knows shapes and strides only.
 """
 
-from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from planner.graph import TensorSpec
 __all__ = ["dense_stride", "empty", "flat", "is_dense", "with_traced_layout"]
 
 
-def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+@cache  # asked of every tensor that travels, of the same few layouts in every step
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the elements fill one range of memory, each place once, in whatever order."""
     dense = 1
     for step, size in sorted(zip(stride, shape, strict=True)):
@@ -24,7 +25,8 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-def dense_stride(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+@cache
+def dense_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """The same layout where it is dense; with gaps or overlaps, the contiguous one."""
     if is_dense(shape, stride):
         return tuple(stride)

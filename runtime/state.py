@@ -57,8 +57,7 @@ class RankState:
             if state.unit.trainable
         }
         self._forget_others(model)
-        gathered = _units_of_buffers(self.program, Opcode.GATHER, lambda i: i.writes)
-        self.weights = WeightBuffers(self.units, gathered)
+        self.weights = WeightBuffers(self.units, _gathered_units(self.program))
         self.sum_of = self._sum_of_units()
         self.sums = self._make_sums()
         callers = Counter(key for stage in plan.stages for key in modules_of(stage, model))
@@ -120,14 +119,11 @@ class RankState:
         return sums
 
 
-def _units_of_buffers(
-    program: tuple[Instruction, ...],
-    opcode: Opcode,
-    buffers: Callable[[Instruction], tuple[str, ...]],
-) -> dict[str, set[str]]:
+def _gathered_units(program: tuple[Instruction, ...]) -> dict[str, set[str]]:
+    """Gather buffer -> units that the program gathers into it."""
     found: dict[str, set[str]] = {}
     for instruction in program:
-        if instruction.opcode is opcode and instruction.unit:
-            for name in buffers(instruction):
-                found.setdefault(name, set()).add(instruction.unit)
+        if instruction.opcode is Opcode.GATHER and instruction.unit:
+            (name,) = instruction.writes
+            found.setdefault(name, set()).add(instruction.unit)
     return found
