@@ -21,11 +21,12 @@ from planner.errors import LgaError, UsageError
 __all__ = [
     "DEVICES",
     "HELP",
+    "NORM",
     "SAMPLES",
     "SECONDS",
     "SEED",
     "Count",
-    "Seconds",
+    "Positive",
     "check_can_write",
     "command_errors",
     "console",
@@ -53,27 +54,27 @@ class Count(click.IntRange):
         return count
 
 
-class Seconds(click.FloatRange):
-    """A finite number of seconds above 0."""
+class Positive(click.FloatRange):
+    """A finite number above 0."""
 
-    name = "seconds"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__(min=0, min_open=True)
+        self.name = name
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if not math.isfinite(seconds):
-            self.fail(f"{value} is not a finite number of seconds.", param, ctx)
-        return seconds
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 DEVICES = Count(1 << 13)
 SAMPLES = Count(1 << 24)
 """And whatever else divides them."""
-SECONDS = Seconds()
+SECONDS = Positive("seconds")
+NORM = Positive("norm")
 SEED = click.IntRange(0, 2**31 - 1)
 """What both the solver and torch take."""
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

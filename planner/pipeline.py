@@ -59,6 +59,8 @@ def make_plan(
     global_batch_size: int | None = None,
     constraints: Constraints | None = None,
     memory_limit_bytes: int | None = None,
+    clip_norm: float | None = None,
+    check_finite: bool = False,
     time_limit_seconds: float = 20.0,
     seed: int = 0,
 ) -> PlanResult:
@@ -66,6 +68,8 @@ def make_plan(
 
     `global_batch_size` is in samples per step over all replicas, `memory_limit_bytes` per device
     (the device's memory less what is reserved, where absent), `time_limit_seconds` for the solver.
+    With `clip_norm` (largest norm of the whole model's gradient) or `check_finite` (skip the update
+    of a step with a gradient that is not finite) all updates stand at the end of the step.
 
     Raises:
         UsageError: the demands contradict each other, the model or the cluster.
@@ -76,7 +80,12 @@ def make_plan(
     constraints = constraints or Constraints()
     started = time.monotonic()
     traced = trace(model_file)
-    options = PlanOptions(seed=seed, optimizer_slots=_count_optimizer_slots(model_file))
+    options = PlanOptions(
+        seed=seed,
+        optimizer_slots=_count_optimizer_slots(model_file),
+        clip_norm=clip_norm,
+        check_finite=check_finite,
+    )
     problem = Problem(
         graph_at=traced.layer_graph,
         profile_at=cache(partial(measure, traced)),
@@ -85,6 +94,7 @@ def make_plan(
         global_batch_size=global_batch_size or default_batch_size(num_devices, constraints),
         constraints=constraints,
         optimizer_slots=options.optimizer_slots,
+        updates_wait=check_finite or clip_norm is not None,
         memory_limit_bytes=memory_limit_bytes,
         time_limit_seconds=time_limit_seconds,
         seed=seed,

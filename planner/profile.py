@@ -43,6 +43,9 @@ class LayerProfile:
     forward_seconds: float | None = None
     """Measured, where a device was at hand."""
     backward_seconds: float | None = None
+    backward_weight_seconds: float | None = None
+    """The part of backward that makes gradients of parameters, for schedules that split it.
+    None: modelled as half of backward where a parameter is trained, nothing elsewhere."""
     provenance: str = "counted under fake tensors"
 
     @property

@@ -27,8 +27,10 @@ def main(plan_path: Path, model_path: str, **options: Any) -> None:
     try:
         plan, model_file = load_inputs(plan_path, model_path)
         check_machine(plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if chosen.save_path is not None and os.environ.get("RANK", "0") == "0":  # which writes it
-            check_can_write(chosen.save_path, "--save", [plan_path, model_file.path])
+        outputs = {"--save": chosen.save_path, "--timeline": chosen.timeline_path}
+        for option, path in outputs.items():
+            if path is not None and os.environ.get("RANK", "0") == "0":  # which writes it
+                check_can_write(path, option, [plan_path, model_file.path])
         run_rank(chosen.adjust(plan), model_file, chosen)
     except UsageError as error:
         # The ranks of a host find the same: one says so, the others speak only if it does not.

@@ -1,12 +1,11 @@
-"""Named values of a step in flight: what still arrives, and when each is dropped.
+"""Named values of a step in flight, and what still arrives in them or leaves them.
 
-A transfer or collective is started where it stands in the program; the first instruction that
-conflicts with one of its buffers waits for it. Transient buffers are dropped at their last use.
+A transfer, collective or copy is started where it stands in the program; the first instruction that
+conflicts with one of its buffers waits for it.
 """
 
 import queue
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,24 +15,14 @@ from runtime.transport import Pending
 
 __all__ = ["Buffers", "Sends"]
 
-_RESIDENT = ("weights:", "sum:", "shard:")
-
 
 class Buffers:
     """Values by buffer name."""
 
-    def __init__(self, program: Sequence[Instruction]) -> None:
-        last_use: dict[str, int] = {}
-        for index, instruction in enumerate(program):
-            for name in (*instruction.reads, *instruction.writes):
-                if not name.startswith(_RESIDENT):
-                    last_use[name] = index
-        self._dying: dict[int, list[str]] = {}
-        for name, index in last_use.items():
-            self._dying.setdefault(index, []).append(name)
+    def __init__(self) -> None:
         self._values: dict[str, Any] = {}
         self._writing: dict[str, Pending] = {}
-        self._reading: dict[str, Pending] = {}
+        self._reading: dict[str, list[Pending]] = {}
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -41,10 +30,14 @@ class Buffers:
     def __setitem__(self, name: str, value: Any) -> None:
         self._values[name] = value
 
+    def drop(self, name: str) -> None:
+        """Let go of what a buffer holds, if anything."""
+        self._values.pop(name, None)
+
     def pending(self, instruction: Instruction, pending: Pending) -> None:
         """The instruction's buffers are in use until `pending` is over."""
         for name in instruction.reads:
-            self._reading[name] = pending
+            self._reading.setdefault(name, []).append(pending)
         for name in instruction.writes:
             self._writing[name] = pending
 
@@ -55,19 +48,16 @@ class Buffers:
             if pending is not None:
                 pending.wait()
         for name in instruction.writes:
-            pending = self._reading.pop(name, None)
-            if pending is not None:
+            for pending in self._reading.pop(name, ()):
                 pending.wait()
-
-    def drop_after(self, index: int) -> None:
-        """Let go of the buffers whose last use is the instruction at `index`."""
-        for name in self._dying.get(index, ()):
-            self._values.pop(name, None)
 
     def finish(self) -> None:
         """Wait for whatever nothing waited for."""
-        for pending in (*self._writing.values(), *self._reading.values()):
+        for pending in self._writing.values():
             pending.wait()
+        for readers in self._reading.values():
+            for pending in readers:
+                pending.wait()
         self._writing.clear()
         self._reading.clear()
 

@@ -22,6 +22,11 @@ __all__ = ["LossFunction", "StageProgram"]
 LossFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 Values = dict[str, Any]
 
+_OF_TRAINING: dict[str, Any] = {
+    "train": False, "training": False, "use_input_stats": False, "dropout_p": 0.0
+}  # fmt: skip
+"""Arguments by which operators are told to act as in training, and what they are in evaluation."""
+
 
 @dataclass(slots=True)
 class _Call:
@@ -32,6 +37,9 @@ class _Call:
     first_random_operator: int | None
     dead: tuple[str, ...]
     """Values that no later statement reads."""
+    evaluation_arguments: tuple[Any, ...]
+    """As `arguments` and `keywords`, with what acts in training only switched off."""
+    evaluation_keywords: dict[str, Any]
 
 
 class StageProgram:
@@ -65,16 +73,23 @@ class StageProgram:
         self._calls.reverse()
         self.is_random = any(statement.num_random_operators for statement in code)
 
-    def __call__(self, inputs: Values, batch: Mapping[str, Tensor]) -> Values:
-        """Values of the outputs; `inputs` is consumed."""
+    def __call__(
+        self, inputs: Values, batch: Mapping[str, Tensor], *, training: bool = True
+    ) -> Values:
+        """Values of the outputs; `inputs` is consumed.
+
+        Layers act as their own mode says; `training` is for operators between them.
+        """
         self.batch = batch
         values = inputs
         for call in self._calls:
             if call.first_random_operator is not None:
                 self._random.seek(call.first_random_operator)
+            arguments = call.arguments if training else call.evaluation_arguments
+            keywords = call.keywords if training else call.evaluation_keywords
             values[call.target] = call.function(
-                *[fill(argument, values) for argument in call.arguments],
-                **{key: fill(value, values) for key, value in call.keywords.items()},
+                *[fill(argument, values) for argument in arguments],
+                **{key: fill(value, values) for key, value in keywords.items()},
             )
             for name in call.dead:
                 del values[name]
@@ -90,13 +105,32 @@ class StageProgram:
                 f"torch does not have: {error}",
                 hint="make the plan again with lga-plan for this model",
             ) from None
+        arguments = tuple(template_of(a, self.device) for a in statement.arguments)
+        keywords = {key: template_of(value, self.device) for key, value in statement.keywords}
+        evaluation_arguments, evaluation_keywords = _for_evaluation(function, arguments, keywords)
         return _Call(
             target=statement.target,
             function=function,
-            arguments=tuple(template_of(a, self.device) for a in statement.arguments),
-            keywords={key: template_of(value, self.device) for key, value in statement.keywords},
+            arguments=arguments,
+            keywords=keywords,
+            evaluation_arguments=evaluation_arguments,
+            evaluation_keywords=evaluation_keywords,
             first_random_operator=(
                 statement.first_random_operator if statement.num_random_operators else None
             ),
             dead=dead,
         )
+
+
+def _for_evaluation(
+    function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Dropout that the trace found switched on between layers is off, and the like."""
+    if not isinstance(function, torch._ops.OpOverload):
+        return arguments, keywords
+    names = [argument.name for argument in function._schema.arguments]
+    positional = zip(names, arguments, strict=False)
+    return (
+        tuple(_OF_TRAINING.get(name, value) for name, value in positional),
+        {name: _OF_TRAINING.get(name, value) for name, value in keywords.items()},
+    )

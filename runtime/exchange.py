@@ -25,7 +25,8 @@ class Channel(NamedTuple):
     """A logical stream of messages. Messages of different channels never wait for each other."""
 
     kind: str
-    """`pair` (one direction), `gather`, `reduce`, `share` (second half of all-reduce), `tied`."""
+    """`pair` (one direction), `gather`, `reduce`, `share` (second half of all-reduce), `tied`,
+    `world`."""
     members: tuple[int, ...]
     """World ranks, ascending; (source, destination) for a pair."""
 
@@ -54,8 +55,11 @@ class Joined:
 class ExchangeTransport(ABC):
     """The Transport's calls in terms of wires. Subclasses say how to open a wire."""
 
-    def __init__(self, pipeline_rank: int, replica: int, num_replicas: int) -> None:
+    def __init__(
+        self, pipeline_rank: int, replica: int, num_pipeline_ranks: int, num_replicas: int
+    ) -> None:
         self.traffic = Traffic()
+        self._world = tuple(range(num_pipeline_ranks * num_replicas))
         self._pipeline_rank = pipeline_rank
         self._replica = replica
         self._num_replicas = num_replicas
@@ -138,20 +142,13 @@ class ExchangeTransport(ABC):
     def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
         _check(tensor)
         self.traffic.add("reduce_tied", tensor.nbytes * (len(ranks) - 1))
-        if len(ranks) == 1 or not tensor.numel():
-            return Joined(())
-        channel = Channel("tied", tuple(self._world_rank(rank) for rank in sorted(ranks)))
-        received = [
-            tensor if member == self._rank else torch.empty_like(tensor)
-            for member in channel.members
-        ]
-        swap = self._swap(channel, received, [tensor] * len(ranks), what)
+        members = tuple(self._world_rank(rank) for rank in sorted(ranks))
+        return self._sum_whole(Channel("tied", members), tensor, what)
 
-        def finish() -> None:
-            swap.wait()
-            tensor.copy_(ordered_sum(received))
-
-        return self._run(channel, finish)
+    def all_reduce_world(self, tensor: Tensor, what: str) -> Pending:
+        _check(tensor)
+        self.traffic.add("world", tensor.nbytes * (len(self._world) - 1))
+        return self._sum_whole(Channel("world", self._world), tensor, what)
 
     def close(self) -> None:
         for worker in self._workers.values():
@@ -173,6 +170,22 @@ class ExchangeTransport(ABC):
         """received[i] = what member i sends me; member i receives sent[i]."""
         arriving = self._receive_from_others(channel, received, what)
         return Joined((arriving, self._send_to_others(channel, sent, what)))
+
+    def _sum_whole(self, channel: Channel, tensor: Tensor, what: str) -> Pending:
+        """`tensor` = its sum over the members, each of which sends the whole to all others."""
+        if len(channel.members) == 1 or not tensor.numel():
+            return Joined(())
+        received = [
+            tensor if member == self._rank else torch.empty_like(tensor)
+            for member in channel.members
+        ]
+        swap = self._swap(channel, received, [tensor] * len(received), what)
+
+        def finish() -> None:
+            swap.wait()
+            tensor.copy_(ordered_sum(received))
+
+        return self._run(channel, finish)
 
     def _receive_from_others(self, channel: Channel, into: Iterable[Tensor], what: str) -> Joined:
         wire = self._wire(channel)

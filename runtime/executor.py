@@ -1,11 +1,12 @@
 """The executor: one loop over the rank's program. It decides nothing.
 
-Transfers and collectives are started where they stand in the program and are waited for by the
-first instruction that conflicts with their buffers.
+Transfers, collectives and copies are started where they stand in the program and are waited for by
+the first instruction that conflicts with their buffers.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,15 @@ from torch import Tensor
 
 from planner.errors import RunError, UsageError
 from planner.plan.types import Opcode, Plan
+from planner.schedules import Schedule
 from planner.timeline import Event, Timeline
 from runtime.code import LossFunction
 from runtime.handlers import HANDLERS
+from runtime.host import Checkpoint
+from runtime.inputs import check_batch
 from runtime.optimize import BuildOptimizer, BuildScheduler, default_optimizer
+from runtime.program import Program
+from runtime.shards import UnitState
 from runtime.state import GradientObserver, RankState
 from runtime.transport import Traffic, Transport
 
@@ -25,12 +31,17 @@ __all__ = ["Executor", "StepResult"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One step on one rank."""
+    """One step, or one evaluation, on one rank."""
 
     losses: tuple[Tensor, ...]
     """Loss of each micro-batch of this replica; empty on ranks without the last stage."""
     timeline: Timeline
     """Measured, in this rank's clock from the start of the step."""
+    finite: bool | None = None
+    """Whether every gradient on every rank was finite; if not, nothing was updated anywhere. None
+    where the plan does not check it."""
+    gradient_norm: float | None = None
+    """Of the whole model, before clipping; None where the plan does not clip."""
 
     @property
     def loss(self) -> float | None:
@@ -67,7 +78,8 @@ class Executor:
 
         Raises:
             UsageError: the optimizer cannot work on a partitioned state.
-            PlanFileError: the plan's code names something that the model does not have.
+            PlanFileError: the plan's code names something that the model does not have, or its
+                buffers do not fit the model's parameters.
         """
         self.plan = plan
         self._model = model.train()
@@ -84,7 +96,8 @@ class Executor:
         self._broken = ""
         self.device = self._rank.device
         self.rank, self.replica = self._rank.rank, self._rank.replica
-        self.loads_batch = any(i.opcode is Opcode.LOAD for i in self._rank.program)
+        programs = (self._rank.training, self._rank.evaluation)
+        self.loads_batch = any(i.opcode is Opcode.LOAD for p in programs for i in p.instructions)
 
     @property
     def traffic(self) -> Traffic:
@@ -103,32 +116,82 @@ class Executor:
                 first; a rank that loads nothing (`loads_batch` is false) may get an empty mapping.
 
         Raises:
-            UsageError: a key is missing, or a tensor has another size than the plan's.
+            UsageError: a key is missing, or a tensor has another size than the plan's; or the plan
+                is one of an evaluation.
             RunError: a transfer failed, a peer was lost, or a deadline passed; or the executor
                 is closed or was stopped by an error in the middle of an earlier step.
         """
+        if self.plan.schedule is Schedule.FORWARD:
+            raise UsageError("the plan trains nothing: it only evaluates", hint="call evaluate()")
+        result = self._run(self._rank.training, batch)
+        self._rank.step += 1
+        if self.plan.options.save:
+            self._rank.host.complete(self._rank.step)
+        return result
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
+        """The losses of a batch without an update: modules are in evaluation mode meanwhile.
+
+        Args:
+            batch: as for `step`.
+
+        Raises:
+            UsageError: as for `step`, or the plan has no programs for evaluation.
+            RunError: as for `step`.
+        """
+        if not self.plan.evaluation and self.plan.schedule is not Schedule.FORWARD:
+            raise UsageError(
+                "the plan has no programs for evaluation", hint="plan again with lga-plan"
+            )
+        with _evaluation_mode(self._model):
+            return self._run(self._rank.evaluation, batch)
+
+    def checkpoint(self) -> Checkpoint:
+        """This rank's part of the state after the last whole step, in host memory.
+
+        It stays as it is while later steps run. All ranks' parts of one step make a whole state.
+
+        Raises:
+            UsageError: the plan saves none.
+        """
+        if not self.plan.options.save:
+            raise UsageError(
+                "the plan leaves no checkpoint after its steps",
+                hint="plan again with the option to save",
+            )
+        return self._rank.host.checkpoint
+
+    def _run(self, program: Program, batch: Mapping[str, Tensor]) -> StepResult:
         if self._broken:
             raise RunError(
                 f"this executor {self._broken}, so it cannot take another step",
                 hint="build a new Executor",
             )
         if self.loads_batch:
-            self._check_batch(batch)
+            check_batch(self.plan, batch)
         self._broken = "was stopped in the middle of a step"
-        result = self._run_program(batch)
+        events = self._run_program(program, batch)
         self._broken = ""
-        return result
-
-    def _run_program(self, batch: Mapping[str, Tensor]) -> StepResult:
         rank = self._rank
-        rank.batch, rank.losses = batch, {}
+        return StepResult(
+            losses=tuple(rank.losses[m] for m in sorted(rank.losses)),
+            timeline=Timeline(source="measured", events=tuple(events)),
+            finite=None if rank.finite is None else bool(rank.finite),
+            gradient_norm=None if rank.gradient_norm is None else float(rank.gradient_norm),
+        )
+
+    def _run_program(self, program: Program, batch: Mapping[str, Tensor]) -> list[Event]:
+        rank = self._rank
+        rank.begin(program, batch)
         events = []
         origin = time.perf_counter()
-        for index, instruction in enumerate(rank.program):
+        for index, instruction in enumerate(program.instructions):
+            rank.index = index
             rank.buffers.settle(instruction)
             start = time.perf_counter()
             HANDLERS[instruction.opcode](rank, instruction)
-            rank.buffers.drop_after(index)
+            for name in program.dying.get(index, ()):
+                rank.drop(name)
             end = time.perf_counter()
             events.append(
                 Event(
@@ -140,12 +203,8 @@ class Executor:
             )
         rank.buffers.finish()
         rank.sends.wait()
-        rank.step += 1
         rank.batch = {}
-        return StepResult(
-            losses=tuple(rank.losses[m] for m in sorted(rank.losses)),
-            timeline=Timeline(source="measured", events=tuple(events)),
-        )
+        return events
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole parameters of this rank's stages and buffers of their modules, by name.
@@ -155,14 +214,23 @@ class Executor:
         """
         found: dict[str, Tensor] = {}
         for state in self._rank.units.values():
-            flat = state.shard
+            flat = shard = self._shard(state)
             if state.partitioned:
-                flat = flat.new_empty(state.padded_length)
+                flat = shard.new_empty(state.padded_length)
                 what = f"state of unit {state.unit.name}"
-                self._rank.transport.gather(state.shard, flat, what).wait()
+                self._rank.transport.gather(shard, flat, what).wait()
             found.update({name: view.clone() for name, view in state.views(flat)})
         saved = self._model.state_dict().keys()
         return found | {name: value for name, value in self.buffers().items() if name in saved}
+
+    def _shard(self, state: UnitState) -> Tensor:
+        """On the device, wherever it lives."""
+        if not self.plan.offload_state:
+            return state.shard
+        shard, pending = self._rank.host.fetch(f"host:shard:{state.unit.name}")
+        pending.wait()
+        assert isinstance(shard, Tensor)
+        return shard
 
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers of the modules in this rank's stages, by name."""
@@ -182,25 +250,14 @@ class Executor:
         self._broken = "is closed"
         self._rank.sends.close()
 
-    def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
-        for spec in self.plan.batch:
-            if spec.name not in batch:
-                raise UsageError(
-                    f"the batch has no key {spec.name!r}; it has {', '.join(sorted(batch))}",
-                    hint="give every key that example_batch gives",
-                )
-            expected = (self.plan.replica_batch_size, *spec.shape[1:])
-            if tuple(batch[spec.name].shape) != expected:
-                raise UsageError(
-                    f"batch key {spec.name!r} has shape {tuple(batch[spec.name].shape)}, but the "
-                    f"plan is for {expected}: {self.plan.num_micro_batches} micro-batches of "
-                    f"{self.plan.micro_batch_size} samples per replica",
-                    hint="give such a batch, or plan again with another --batch-size",
-                )
-            dtype = str(batch[spec.name].dtype).removeprefix("torch.")
-            if dtype != spec.dtype:
-                raise UsageError(
-                    f"batch key {spec.name!r} is of {dtype}, but the plan is for {spec.dtype}",
-                    hint=f"convert it, as example_batch does: batch[{spec.name!r}].to(torch."
-                    f"{spec.dtype})",
-                )
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Modules that were in training mode are again afterwards, each as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,6 +1,6 @@
 """The plan, the model and the machine that a run is given, read and compared."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from planner.model_file import ModelFile, build_on_meta, fingerprint, load_model
 from planner.plan.file import read_plan
 from planner.plan.types import Plan
 
-__all__ = ["CheckedDataset", "check_machine", "load_inputs"]
+__all__ = ["CheckedDataset", "check_batch", "check_machine", "load_inputs"]
 
 
 def load_inputs(plan_path: Path, model_path: str) -> tuple[Plan, ModelFile]:
@@ -59,6 +59,35 @@ def check_machine(plan: Plan, num_ranks: int) -> None:
             hint=f"plan for processes of this machine: lga-plan ... --gpus {plan.world_size} "
             "--cluster cpu",
         )
+
+
+def check_batch(plan: Plan, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a batch that is not one replica's for one step of the plan.
+
+    Raises:
+        UsageError: a key is missing, or a tensor has another size or type than the plan's.
+    """
+    for spec in plan.batch:
+        if spec.name not in batch:
+            raise UsageError(
+                f"the batch has no key {spec.name!r}; it has {', '.join(sorted(batch))}",
+                hint="give every key that example_batch gives",
+            )
+        expected = (plan.replica_batch_size, *spec.shape[1:])
+        if tuple(batch[spec.name].shape) != expected:
+            raise UsageError(
+                f"batch key {spec.name!r} has shape {tuple(batch[spec.name].shape)}, but the "
+                f"plan is for {expected}: {plan.num_micro_batches} micro-batches of "
+                f"{plan.micro_batch_size} samples per replica",
+                hint="give such a batch, or plan again with another --batch-size",
+            )
+        dtype = str(batch[spec.name].dtype).removeprefix("torch.")
+        if dtype != spec.dtype:
+            raise UsageError(
+                f"batch key {spec.name!r} is of {dtype}, but the plan is for {spec.dtype}",
+                hint=f"convert it, as example_batch does: batch[{spec.name!r}].to(torch."
+                f"{spec.dtype})",
+            )
 
 
 def _checked_builder(build_dataset: Callable[[], Any], plan: Plan) -> Callable[[], Any]:

@@ -60,6 +60,8 @@ def launch(plan_path: Path, model_path: str, options: RunOptions) -> int:
     check_machine(plan, plan.world_size)
     if options.save_path is not None:
         check_can_write(options.save_path, "--save", [plan_path, model_file.path])
+    if options.timeline_path is not None:
+        check_can_write(options.timeline_path, "--timeline", [plan_path, model_file.path])
     words = ["-m", "runtime", str(plan_path), model_path, *options.arguments()]
     with tempfile.TemporaryDirectory(prefix="lga-run-") as folder:
         config = _prepare(plan.world_size, folder)

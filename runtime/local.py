@@ -114,7 +114,7 @@ class LocalTransport(ExchangeTransport):
     """One rank's end of a hub."""
 
     def __init__(self, hub: LocalHub, pipeline_rank: int, replica: int) -> None:
-        super().__init__(pipeline_rank, replica, hub.num_replicas)
+        super().__init__(pipeline_rank, replica, hub.num_pipeline_ranks, hub.num_replicas)
         self._hub = hub
 
     def _wire(self, channel: Channel) -> Wire:

@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from rich.console import Console
 from torch import Tensor
 
 from planner.console import console as shared_console
-from planner.errors import VerifyError
+from planner.errors import UsageError, VerifyError
+from planner.export.timeline_file import write_timeline
 from planner.model_file import ModelFile
 from planner.plan.types import Plan
+from planner.timeline import Timeline
 from runtime.build import build_model, make_executor
 from runtime.data import Batches
 from runtime.executor import Executor, StepResult
@@ -37,10 +39,15 @@ def run_rank(plan: Plan, model_file: ModelFile, options: RunOptions) -> None:
     """Everything that one process of `lga-run` or `torchrun -m runtime` does.
 
     Raises:
-        UsageError: the batch, the dataset, the optimizer or the world size is wrong.
+        UsageError: the batch, the dataset, the optimizer, the world size or an option is wrong.
         VerifyError: on rank 0, when a gradient or loss differs by more than its tolerance.
         RunError: a rank was lost or a deadline passed.
     """
+    if options.timeline_path is not None and options.verify and options.num_steps == 1:
+        raise UsageError(
+            "--timeline is of the last step trained, but --verify takes the only one",
+            hint="--steps=4, so that the step that measures memory is not the last",
+        )
     device = _device(plan)
     with distributed_session(plan, device) as (transport, world_rank):
         verdict = _run(plan, model_file, options, transport, world_rank, device)
@@ -76,7 +83,11 @@ def _run(
         first_step = 1
     measured = _train(plan, options, batches, executor, console, first_step)
     if measured is not None:
-        print_comparison(console, plan, _gather(measured))
+        of_ranks = _gather(measured)
+        print_comparison(console, plan, of_ranks)
+        if options.timeline_path is not None and world_rank == 0:
+            write_timeline(plan, _whole_timeline(of_ranks), options.timeline_path)
+            console.print(f"timeline of the last step written to {options.timeline_path}")
     if options.save_path is not None:
         _save(executor, model_file, options.save_path, world_rank, console)
     executor.close()
@@ -93,10 +104,12 @@ def _train(
 ) -> Measured | None:
     """Train the remaining steps; the second measures memory, so its time does not count."""
     seconds: list[float] = []
-    peak_bytes = None
+    peak_bytes = timeline = None
     with Progress(console, plan, options.num_steps, options.log_every) as progress:
         for step in range(first_step, options.num_steps):
             batch = batches.batch(step, executor.replica) if executor.loads_batch else {}
+            if options.timeline_path is not None and step == options.num_steps - 1:
+                _start_together(executor.device)
             start = time.perf_counter()
             if step == min(first_step + 1, options.num_steps - 1):
                 with peak_memory(executor.resident_tensors(), executor.device) as peak:
@@ -108,12 +121,16 @@ def _train(
                     seconds.append(time.perf_counter() - start)
             loss = _mean_loss(result, executor.device)
             progress.advance(step + 1, loss, time.perf_counter() - start)
+            if result.finite is False:
+                console.print(f"step {step + 1}: a gradient is not finite, nothing was updated")
+            timeline = result.timeline
     if peak_bytes is None:
         return None
     return Measured(
         rank=executor.rank,
         step_seconds=statistics.median(seconds) if seconds else None,
         peak_bytes=peak_bytes,
+        timeline=timeline if options.timeline_path is not None and not executor.replica else None,
     )
 
 
@@ -123,6 +140,19 @@ def _mean_loss(result: StepResult, device: torch.device) -> float:
     total = torch.tensor([loss or 0.0, float(loss is not None)], device=device)
     dist.all_reduce(total)
     return float(total[0] / total[1])
+
+
+def _start_together(device: torch.device) -> None:
+    """Leave at about the same moment on every rank, so that their clocks can be compared."""
+    dist.all_reduce(torch.zeros(1, device=device))
+
+
+def _whole_timeline(measured: Sequence[Measured]) -> Timeline:
+    """One timeline of all pipeline ranks; each counts from the start of its own step."""
+    parts = [found.timeline for found in measured if found.timeline is not None]
+    events = (event for part in parts for event in part.events)
+    in_order = sorted(events, key=lambda event: (event.rank, event.index))
+    return Timeline(source="measured", events=tuple(in_order))
 
 
 def _gather(measured: Measured) -> list[Measured]:

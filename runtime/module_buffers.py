@@ -4,7 +4,6 @@ A recomputed forward must read what the first one read, and must leave no trace.
 change is seen in a stage's first forward. This module knows modules. It does not know autograd.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,35 +34,41 @@ class ModuleBuffers:
         ]
         self._shared = {id(module): module for module in shared}
         self._changing: list[_Place] | None = None
-        self._before: deque[list[Tensor]] = deque()
-        """Values of changing buffers before each forward that is not recomputed yet."""
+        self._before: dict[int, list[Tensor]] = {}
+        """By micro-batch: values of changing buffers before a forward not recomputed yet."""
+
+    def tensors(self) -> list[Tensor]:
+        """As they are now."""
+        values = (module._buffers[name] for module, name in self._places)
+        return [value for value in values if value is not None]
 
     @contextmanager
-    def noted(self, *, keep: bool) -> Iterator[None]:
-        """Around a forward; with `keep`, `restored` gives it again what it read.
+    def noted(self, keep_for: int | None) -> Iterator[None]:
+        """Around a forward; `restored` gives micro-batch `keep_for` again what it read.
 
         Raises:
             UsageError: a buffer changes that other stages change or read too: plain training
                 changes it in an order that a plan does not keep.
         """
         places = self._places if self._changing is None else self._changing
-        before = _values(places) if keep or self._changing is None else []
+        noting = keep_for is not None or self._changing is None
+        before = _values(places) if noting else []
         yield
         if self._changing is None:
             found = zip(places, before, strict=True)
             self._changing = [p for p, old in found if not _same(old, p[0]._buffers[p[1]])]
             before = [o for p, o in zip(places, before, strict=True) if p in self._changing]
             self._refuse_shared()
-        if keep:
-            self._before.append(before)
+        if keep_for is not None:
+            self._before[keep_for] = before
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self, micro_batch: int) -> Iterator[None]:
         """Around a recomputed forward: on copies, because graphs may hold the originals."""
         places = self._changing or []
         value: Tensor | None
         originals = [module._buffers[name] for module, name in places]
-        for (module, name), value in zip(places, self._before.popleft(), strict=True):
+        for (module, name), value in zip(places, self._before.pop(micro_batch), strict=True):
             module._buffers[name] = value
         try:
             yield

@@ -24,6 +24,8 @@ ELEMENTWISE_OPTIMIZERS = (
 
 BuildOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 BuildScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
+Moments = dict[str, dict[str, Any]]
+"""The optimizer's state by parameter and its own names: tensors and numbers."""
 
 
 def default_optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -48,21 +50,36 @@ class UnitOptimizer:
         whole = [state.parameters[name] for name in state.parameters if name in state.trainable]
         optimizer = build_optimizer(whole)
         _check(optimizer, partitioned=state.partitioned)
-        if state.partitioned:
+        self._pieces = {piece.name: piece.parameter for piece in state.pieces}
+        if state.gathered:
             names = {id(state.parameters[name]): name for name in state.parameters}
-            pieces = {piece.name: piece.parameter for piece in state.pieces}
             for group in optimizer.param_groups:
                 kept = [names[id(p)] for p in group["params"]]
-                group["params"] = [pieces[name] for name in kept if name in pieces]
+                group["params"] = [self._pieces[name] for name in kept if name in self._pieces]
         self.optimizer = optimizer
         self.scheduler = build_scheduler(optimizer) if build_scheduler else None
 
     def step(self) -> None:
-        """One update with the gradients attached to the pieces, which are then let go."""
+        """One update with the gradients attached to the pieces."""
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def release_gradients(self) -> None:
+        """The pieces let go of their gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def moments(self) -> Moments:
+        """What the optimizer keeps; the tensors are its own."""
+        state = self.optimizer.state
+        return {name: dict(state[p]) for name, p in self._pieces.items() if p in state}
+
+    def put_moments(self, moments: Moments) -> None:
+        """Instead of what the optimizer kept so far."""
+        self.optimizer.state.clear()
+        for name, values in moments.items():
+            self.optimizer.state[self._pieces[name]] = dict(values)
 
     def tensors(self) -> list[torch.Tensor]:
         """Tensors the optimizer keeps."""

@@ -23,6 +23,8 @@ class RunOptions:
     """First compare one planned step with plain accumulation, gradient by gradient."""
     save_path: Path | None = None
     """Where the trained state goes when the run has ended well."""
+    timeline_path: Path | None = None
+    """Where the times of the last step's instructions go."""
     log_every: int = 1
     """Steps between lines of progress."""
     seed: int | None = None
@@ -44,6 +46,7 @@ class RunOptions:
         words = [f"--steps={self.num_steps}", f"--log-every={self.log_every}"]
         words += ["--verify"] if self.verify else []
         words += [] if self.save_path is None else [f"--save={self.save_path}"]
+        words += [] if self.timeline_path is None else [f"--timeline={self.timeline_path}"]
         words += [] if self.seed is None else [f"--seed={self.seed}"]
         words += [] if self.deadline_seconds is None else [f"--deadline={self.deadline_seconds!r}"]
         return words
@@ -69,6 +72,12 @@ _OPTIONS = (
         "save_path",
         type=click.Path(path_type=Path),
         help="Write the trained model's state_dict to this file at the end (torch.load reads it).",
+    ),
+    click.option(
+        "--timeline",
+        "timeline_path",
+        type=click.Path(path_type=Path),
+        help="Write when each instruction of the last step ran, for lga-show --measured.",
     ),
     click.option(
         "--log-every",

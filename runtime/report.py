@@ -10,6 +10,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from planner.plan.types import Plan
+from planner.timeline import Timeline
 from runtime.verify import Difference, worst
 
 __all__ = ["Measured", "Progress", "print_comparison", "print_verdict"]
@@ -24,6 +25,8 @@ class Measured:
     step_seconds: float | None
     """Median over the steps that count; None where too few ran."""
     peak_bytes: int
+    timeline: Timeline | None = None
+    """Of the last step, where it was asked for; of replica 0 only."""
 
 
 class Progress:

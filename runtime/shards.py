@@ -2,14 +2,15 @@
 
 A unit's parameters lie one after another in one flat vector. The user's parameters become views of
 it, so the user's modules compute on it directly. With partition 3 each replica owns one equal part
-(padded) of the vector; the whole exists only in a gather buffer, while a stage needs it.
+(padded) of the vector; the whole exists only in a gather buffer, while a stage needs it. So it does
+where the state lives in host memory, and the part (or the whole of it) is here while it is used.
 
 This module knows memory and names. It does not know when anything happens.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from planner.plan.types import Plan, Unit
 from runtime.layout import dense_stride, flat
 
-__all__ = ["Piece", "UnitState", "WeightBuffers"]
+__all__ = ["Piece", "UnitState"]
 
 _ALIGNMENT_BYTES = 64
 """Where torch's allocator starts tensors; kernels may choose their instructions by it."""
@@ -49,6 +50,7 @@ class UnitState:
             name: dense_stride(p.shape, p.stride()) for name, p in self.parameters.items()
         }
         self.partitioned = plan.partition == 3
+        self.gathered = plan.gathers
         self.ranges, length = self._ranges()
         parts = plan.num_replicas
         self.part_length = math.ceil(length / parts)
@@ -59,13 +61,44 @@ class UnitState:
             view.copy_(self.parameters[name].detach())
         if self.partitioned:
             start = replica * self.part_length
-            self.shard = whole[start : start + self.part_length].clone()
+            self._shard: Tensor | None = whole[start : start + self.part_length].clone()
             self.first, self.last = start, start + self.part_length
         else:
-            self.shard = whole
+            self._shard = whole
             self.first, self.last = 0, length
+        if not self.gathered:
             self.attach_weights(whole)
         self.pieces = tuple(self._pieces())
+
+    @property
+    def shard(self) -> Tensor:
+        """This rank's part of the weights, where it is on the device."""
+        assert self._shard is not None, f"the shard of {self.unit.name} is not on the device"
+        return self._shard
+
+    @property
+    def resident_tensors(self) -> list[Tensor]:
+        """The shard, if it is on the device."""
+        return [] if self._shard is None else [self._shard]
+
+    @property
+    def dtype(self) -> str:
+        """Of the model's own parameters, as plans spell it."""
+        return str(next(iter(self.parameters.values())).dtype).removeprefix("torch.")
+
+    @property
+    def num_elements(self) -> int:
+        """Of the model's own parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def put_shard(self, shard: Tensor | None) -> None:
+        """The shard comes to the device, or leaves it."""
+        self._shard = shard
+        for piece in self.pieces:
+            if shard is None:
+                piece.parameter.data = piece.parameter.data.new_empty(0)
+            else:
+                piece.parameter.data = self._view(shard, piece)
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view in the parameter's shape) of each parameter in a whole flat vector."""
@@ -109,9 +142,14 @@ class UnitState:
     def attach_piece_gradients(self, reduced: Tensor) -> None:
         """The optimizer's parameters get views of this rank's reduced gradient."""
         for piece in self.pieces:
-            gradient = reduced[piece.first - self.first : piece.last - self.first]
-            shape, stride = piece.parameter.shape, piece.parameter.stride()
-            piece.parameter.grad = gradient.as_strided(shape, stride)
+            piece.parameter.grad = self._view(reduced, piece)
+
+    def _view(self, part: Tensor, piece: Piece) -> Tensor:
+        """A piece of what is laid out as the shard is."""
+        view = part[piece.first - self.first : piece.last - self.first]
+        if self.partitioned:
+            return view
+        return view.as_strided(self.shapes[piece.name], self.strides[piece.name])
 
     def _ranges(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Where each parameter lies, and the length of all.
@@ -134,79 +172,8 @@ class UnitState:
             low, high = max(first, self.first), min(last, self.last)
             if name not in self.trainable or low >= high:
                 continue
-            parameter = self.parameters[name]
-            if self.partitioned:
-                view = self.shard[low - self.first : high - self.first]
-                parameter = torch.nn.Parameter(view)
-            yield Piece(name=name, parameter=parameter, first=low, last=high)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A view of gathered weights, wherever the unit lies when it is needed."""
-
-    unit: str
-    dtype: torch.dtype
-    """Not always the weights' own: a complex view of them counts in pairs."""
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-class WeightBuffers:
-    """The gather buffers of a rank, and which unit each holds.
-
-    Forward saves views of gathered weights for backward, but by then the buffer may hold another
-    stage, and the stage's weights lie in another buffer. `pack` and `unpack` are saved-tensor hooks
-    that keep the place of such a view instead of the view.
-    """
-
-    def __init__(self, states: dict[str, UnitState], buffers: dict[str, set[str]]) -> None:
-        """
-        Args:
-            states: units of this rank.
-            buffers: gather buffer -> units that the plan gathers into it.
-        """
-        self.tensors = {
-            name: max(
-                (states[unit].shard.new_empty(states[unit].padded_length) for unit in units),
-                key=Tensor.numel,
-            )
-            for name, units in buffers.items()
-        }
-        self._by_address = {t.untyped_storage().data_ptr(): n for n, t in self.tensors.items()}
-        self._unit_of: dict[str, str] = {}
-
-    def hold(self, buffer: str, state: UnitState) -> Tensor:
-        """The part of a buffer that a unit is gathered into."""
-        for stale in [name for name, unit in self._unit_of.items() if unit == state.unit.name]:
-            del self._unit_of[stale]
-        self._unit_of[buffer] = state.unit.name
-        return self.tensors[buffer][: state.padded_length]
-
-    def apart(self, tensor: Tensor) -> Tensor:
-        """A stage's output, copied if it is a view of weights that another unit may replace."""
-        inside = tensor.untyped_storage().data_ptr() in self._by_address
-        return tensor.clone() if inside else tensor
-
-    def pack(self, tensor: Tensor) -> "Tensor | _Place":
-        buffer = self._by_address.get(tensor.untyped_storage().data_ptr())
-        if buffer is None or tensor.numel() == 0:
-            return tensor
-        if tensor.is_conj() or tensor.is_neg():
-            return tensor.resolve_conj().resolve_neg()
-        return _Place(
-            self._unit_of[buffer],
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            int(tensor.storage_offset()),
-        )
-
-    def unpack(self, packed: "Tensor | _Place") -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        buffer = next(name for name, held in self._unit_of.items() if held == packed.unit)
-        whole = self.tensors[buffer]
-        place = torch.empty(0, dtype=packed.dtype, device=whole.device)
-        return place.set_(whole.untyped_storage(), packed.offset, packed.shape, packed.stride)
+            piece = Piece(name=name, parameter=self.parameters[name], first=low, last=high)
+            if self.gathered:
+                view = self._view(self.shard, piece)
+                piece = replace(piece, parameter=torch.nn.Parameter(view))
+            yield piece

@@ -1,4 +1,4 @@
-"""Forward, recompute and backward of one micro-batch through one stage.
+"""Forward, recompute, backward and evaluation of one micro-batch through one stage.
 
 The autograd graph is cut at the stage's inputs. An input enters through `_Entry`, which hands its
 gradient over instead of accumulating it in a leaf: so the graph keeps no tensor alive that backward
@@ -10,6 +10,7 @@ runs at once: the sum is bitwise the same.
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from planner.plan.types import StagePlan
 from runtime.code import LossFunction, StageProgram
 from runtime.module_buffers import ModuleBuffers
 from runtime.random import KeyedRandom
+from runtime.saved import SavedTensors
 
-__all__ = ["Saved", "Stage", "modules_of"]
+__all__ = ["Half", "Saved", "Stage", "modules_of"]
 
 
 class _Entry(torch.autograd.Function):
@@ -41,6 +43,15 @@ class _Entry(torch.autograd.Function):
         return None, None, None, None, None
 
 
+class Half(Enum):
+    """The halves of a backward that is split."""
+
+    INPUTS = "inputs"
+    """Gradients of the stage's inputs."""
+    WEIGHTS = "weights"
+    """Gradients of its parameters."""
+
+
 @dataclass(slots=True)
 class Saved:
     """What forward keeps for backward of one micro-batch."""
@@ -49,6 +60,8 @@ class Saved:
     """Where gradients enter: outputs, and inputs that later stages read too."""
     sink: dict[str, Tensor]
     """Gradients of the inputs, after backward."""
+    tensors: SavedTensors | None = None
+    """What the graph saves, where the plan moves it to host memory."""
 
 
 class Stage:
@@ -84,15 +97,15 @@ class Stage:
         self._buffers = ModuleBuffers(tuple(modules.values()), both)
 
     def forward(
-        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], micro_batch: int
     ) -> dict[str, Tensor]:
-        """Outputs, with nothing kept for backward.
+        """Outputs, with nothing kept for backward but what `recompute` needs.
 
         Gradients stay enabled, because modules and kernels choose by it how they compute; what
         the graph saves is let go at once.
         """
         with (
-            self._buffers.noted(keep=True),
+            self._buffers.noted(micro_batch),
             torch.autograd.graph.saved_tensors_hooks(_let_go, _let_go),
         ):
             return self._forward(inputs, batch)[0]
@@ -101,8 +114,20 @@ class Stage:
         self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Saved]:
         """Outputs (detached), and what backward needs."""
-        with self._buffers.noted(keep=False):
+        with self._buffers.noted(None):
             return self._forward(inputs, batch)
+
+    def evaluate(
+        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Outputs, for modules in evaluation mode: nothing is kept for backward."""
+        values = {
+            name: value.clone() if name in self.plan.mutated_inputs else value
+            for name, value in inputs.items()
+        }
+        with torch.no_grad():
+            outputs = self._run(values, batch, training=False)
+            return {name: self._buffers.apart(value) for name, value in outputs.items()}
 
     def _forward(
         self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
@@ -124,9 +149,11 @@ class Stage:
         apart = {name: self._buffers.apart(value.detach()) for name, value in outputs.items()}
         return apart, Saved(edges, sink)
 
-    def recompute(self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Saved:
+    def recompute(
+        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], micro_batch: int
+    ) -> Saved:
         """What backward needs; buffers of the modules (running statistics) keep their values."""
-        with self._buffers.restored():
+        with self._buffers.restored(micro_batch):
             return self._forward(inputs, batch)[1]
 
     def backward(
@@ -134,27 +161,51 @@ class Stage:
         saved: Saved,
         gradients: Mapping[str, Tensor],
         parts: Sequence[tuple[Tensor, Tensor]] = (),
+        *,
+        half: Half | None = None,
+        parameters: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Gradients of the inputs; parameter gradients are added to each parameter's `.grad`.
 
         Args:
-            saved: from forward_saving or recompute; used once.
+            saved: from forward_saving or recompute; used once, by INPUTS and WEIGHTS together.
             gradients: of outputs (`loss` included), and of inputs that later stages read too:
                 what those found so far.
             parts: (parameter, what later stages found so far), where the order of additions
                 counts: the first summand of the parameter's gradient.
+            half: what to find; None for both at once.
+            parameters: those that WEIGHTS finds gradients for.
         """
         roots = [(saved.edges[name], g) for name, g in gradients.items() if name in saved.edges]
         roots += [(get_gradient_edge(parameter), part) for parameter, part in parts]
-        saved.edges = {}
-        if roots:
-            torch.autograd.backward([edge for edge, _ in roots], [g for _, g in roots])
-        return saved.sink
+        leaves: list[Tensor] | None = None
+        if half is Half.INPUTS:
+            leaves = [self._anchor] if self._gradient_tensors & set(self.plan.inputs) else []
+        elif half is Half.WEIGHTS:
+            leaves = list(parameters)
+        if half is not Half.INPUTS:
+            saved.edges = {}
+        if roots and (leaves is None or leaves):
+            torch.autograd.backward(
+                [edge for edge, _ in roots],
+                [g for _, g in roots],
+                retain_graph=half is Half.INPUTS,
+                inputs=leaves,
+            )
+        found = dict(saved.sink)
+        saved.sink.clear()
+        return found
 
-    def _run(self, values: dict[str, Any], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def module_buffers(self) -> list[Tensor]:
+        """Buffers of the stage's modules."""
+        return self._buffers.tensors()
+
+    def _run(
+        self, values: dict[str, Any], batch: Mapping[str, Tensor], *, training: bool = True
+    ) -> dict[str, Tensor]:
         versions = {key: value._version for key, value in batch.items()}
         with self._random if self._program.is_random else nullcontext():
-            outputs = self._program(values, batch)
+            outputs = self._program(values, batch, training=training)
         for key, value in batch.items():
             if value._version != versions[key]:
                 raise UsageError(

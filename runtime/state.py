@@ -2,23 +2,30 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from planner.plan.types import Instruction, Opcode, Plan
+from planner.plan.names import kind_of
+from planner.plan.types import Instruction, Plan
+from planner.schedules import Schedule
 from runtime.buffers import Buffers, Sends
 from runtime.code import LossFunction
+from runtime.host import HostMemory
 from runtime.optimize import BuildOptimizer, BuildScheduler, UnitOptimizer
+from runtime.program import Program
 from runtime.random import KeyedRandom
-from runtime.shards import UnitState, WeightBuffers
+from runtime.shards import UnitState
+from runtime.sizes import check_table, make_pools
 from runtime.stage import Stage, modules_of
 from runtime.transport import Transport
+from runtime.weights import WeightBuffers
 
 __all__ = ["GradientObserver", "RankState"]
 
 GradientObserver = Callable[[UnitState, Tensor], None]
-"""Called before each update with the unit and this rank's part of its whole gradient."""
+"""Called before each update with the unit and this rank's part of its whole gradient, unclipped."""
 
 
 class RankState:
@@ -37,13 +44,12 @@ class RankState:
     ) -> None:
         self.plan, self.transport, self.device = plan, transport, device
         self.rank, self.replica = plan.coordinates(world_rank)
-        self.program = plan.programs[self.rank]
+        self.training, self.evaluation = _programs(plan, self.rank)
         self.random = KeyedRandom(plan.options.seed)
-        self.buffers, self.sends = Buffers(self.program), Sends()
-        self.batch: Mapping[str, Tensor] = {}
-        self.losses: dict[int, Tensor] = {}
+        self.buffers, self.sends, self.host = Buffers(), Sends(), HostMemory(device)
         self.step = 0
         self.observer: GradientObserver | None = None
+        self.begin(self.training, {})
         mine = [stage for stage in plan.stages if stage.rank == self.rank]
         names = {name for stage in mine for name in stage.units}
         self.units = {
@@ -56,21 +62,26 @@ class RankState:
             for name, state in self.units.items()
             if state.unit.trainable
         }
+        programs = (self.training, self.evaluation)
+        check_table(plan, self.rank, self.units, programs)
         self._forget_others(model)
-        self.weights = WeightBuffers(self.units, _gathered_units(self.program))
-        self.sum_of = self._sum_of_units()
-        self.sums = self._make_sums()
-        callers = Counter(key for stage in plan.stages for key in modules_of(stage, model))
-        shared_modules = frozenset(key for key, number in callers.items() if number > 1)
-        gradient_tensors = frozenset(t.name for t in plan.tensors if t.requires_grad)
-        self.stages = {
-            stage.index: Stage(
-                stage, gradient_tensors, model, loss_fn, device, self.random, shared_modules
-            )
-            for stage in mine
-        }
+        pools = make_pools(plan, self.rank, "weights", self.units, programs, device)
+        self.weights = WeightBuffers(pools if plan.gathers else {}, self.units)
+        self.sums = make_pools(plan, self.rank, "sum", self.units, programs, device)
+        self.stages = _make_stages(plan, self.rank, model, loss_fn, device, self.random)
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.num_losses = plan.num_micro_batches * plan.num_replicas
+        if plan.offload_state:
+            self._offload_state()
+
+    def begin(self, program: Program, batch: Mapping[str, Tensor]) -> None:
+        """A step or an evaluation starts."""
+        self.program, self.batch = program, batch
+        self.index = 0
+        """Of the instruction that runs."""
+        self.losses: dict[int, Tensor] = {}
+        self.finite: Tensor | None = None
+        self.gradient_norm: Tensor | None = None
 
     def unit(self, instruction: Instruction) -> UnitState:
         assert instruction.unit is not None
@@ -80,13 +91,70 @@ class RankState:
         assert instruction.stage is not None
         return self.stages[instruction.stage]
 
+    def sum_of(self, state: UnitState) -> str:
+        """The accumulation buffer that the running instruction uses for a unit; else empty."""
+        sums = self.program.sums.get(self.index, {})
+        return next((name for name, unit in sums.items() if unit == state.unit.name), "")
+
     def total(self, state: UnitState) -> Tensor:
         """The accumulated gradient of a unit: its length of its accumulation buffer."""
-        return self.sums[self.sum_of[state.unit.name]][: state.padded_length]
+        return self.sums[self.sum_of(state)][: state.padded_length]
+
+    def gradients(self, instruction: Instruction) -> list[tuple[UnitState, Tensor]]:
+        """Units whose whole gradient the running instruction reads, and this rank's part of it."""
+        sums = self.program.sums.get(self.index, {})
+        found = []
+        for name in instruction.reads:
+            if kind_of(name) == "sum":
+                state = self.units[sums[name]]
+                found.append((state, self.sums[name][: state.padded_length]))
+            elif kind_of(name) == "reduced":
+                found.append((self.units[name.partition(":")[2]], self.buffers[name]))
+        return found
+
+    def value(self, name: str) -> Any:
+        """What a buffer on the device holds, to be copied: tensors, or dicts and lists of them."""
+        kind, _, unit = name.partition(":")
+        match kind:
+            case "shard":
+                return self.units[unit].shard
+            case "moments":
+                return self.optimizers[unit].moments if unit in self.optimizers else {}
+            case "saved":
+                saved = self.buffers[name]
+                return {"graph": saved, "tensors": saved.tensors.tensors()}
+        return self.buffers[name]
+
+    def put(self, name: str, value: Any) -> None:
+        """Set a buffer on the device to what `value` gave."""
+        kind, _, unit = name.partition(":")
+        match kind:
+            case "shard":
+                self.units[unit].put_shard(value)
+            case "moments":
+                if unit in self.optimizers:
+                    self.optimizers[unit].put_moments(value)
+            case "saved":
+                value["graph"].tensors.put(value["tensors"])
+                self.buffers[name] = value["graph"]
+            case _:
+                self.buffers[name] = value
+
+    def drop(self, name: str) -> None:
+        """Let go of what a buffer holds, if anything."""
+        match kind_of(name):
+            case "shard":
+                self.put(name, None)
+            case "moments":
+                self.put(name, {})
+            case "host":
+                self.host.drop(name)
+            case _:
+                self.buffers.drop(name)
 
     def resident_tensors(self) -> list[Tensor]:
-        """What stays allocated between steps."""
-        found = [state.shard for state in self.units.values()]
+        """What stays allocated on the device between steps."""
+        found = [tensor for state in self.units.values() for tensor in state.resident_tensors]
         found += [*self.weights.tensors.values(), *self.sums.values()]
         return found + [t for optimizer in self.optimizers.values() for t in optimizer.tensors()]
 
@@ -96,34 +164,44 @@ class RankState:
         for parameter in model.parameters():
             if id(parameter) not in held:
                 parameter.data = parameter.data.new_empty(0)
-        if self.plan.partition:
+        if self.plan.gathers:
             for state in self.units.values():
                 state.detach_weights()
 
-    def _sum_of_units(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for instruction in self.program:
-            if instruction.opcode in (Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.UPDATE):
-                source = instruction.reads[0]
-                if instruction.unit and source.startswith("sum:"):
-                    found.setdefault(instruction.unit, source)
-        return found
-
-    def _make_sums(self) -> dict[str, Tensor]:
-        """One accumulation buffer per name, as long as the largest unit that uses it."""
-        sums: dict[str, Tensor] = {}
-        for unit, name in self.sum_of.items():
-            state = self.units[unit]
-            if name not in sums or sums[name].numel() < state.padded_length:
-                sums[name] = state.shard.new_zeros(state.padded_length)
-        return sums
+    def _offload_state(self) -> None:
+        """Where every step finds it: in host memory."""
+        for unit in self.units:
+            for name in (f"shard:{unit}", f"moments:{unit}"):
+                self.host.keep(f"host:{name}", self.value(name)).wait()
+                self.drop(name)
 
 
-def _gathered_units(program: tuple[Instruction, ...]) -> dict[str, set[str]]:
-    """Gather buffer -> units that the program gathers into it."""
-    found: dict[str, set[str]] = {}
-    for instruction in program:
-        if instruction.opcode is Opcode.GATHER and instruction.unit:
-            (name,) = instruction.writes
-            found.setdefault(name, set()).add(instruction.unit)
-    return found
+def _programs(plan: Plan, rank: int) -> tuple[Program, Program]:
+    """Of a step and of an evaluation; empty where the plan has none."""
+    only_evaluates = plan.schedule is Schedule.FORWARD
+    training = () if only_evaluates else plan.programs[rank]
+    programs = plan.programs if only_evaluates else plan.evaluation
+    evaluation = programs[rank] if programs else ()
+    offload = plan.offload_state
+    return (
+        Program(training, is_evaluation=False, offload_state=offload),
+        Program(evaluation, is_evaluation=True, offload_state=offload),
+    )
+
+
+def _make_stages(
+    plan: Plan,
+    rank: int,
+    model: torch.nn.Module,
+    loss_fn: LossFunction | None,
+    device: torch.device,
+    random: KeyedRandom,
+) -> dict[int, Stage]:
+    callers = Counter(key for stage in plan.stages for key in modules_of(stage, model))
+    shared_modules = frozenset(key for key, number in callers.items() if number > 1)
+    gradient_tensors = frozenset(t.name for t in plan.tensors if t.requires_grad)
+    return {
+        stage.index: Stage(stage, gradient_tensors, model, loss_fn, device, random, shared_modules)
+        for stage in plan.stages
+        if stage.rank == rank
+    }

@@ -72,7 +72,8 @@ class DistributedTransport(ExchangeTransport):
     """
 
     def __init__(self, plan: Plan, world_rank: int, device: torch.device) -> None:
-        super().__init__(*plan.coordinates(world_rank), plan.num_replicas)
+        coordinates = plan.coordinates(world_rank)
+        super().__init__(*coordinates, plan.num_pipeline_ranks, plan.num_replicas)
         self._plan = plan
         self._library = plan.backend == "nccl"
         self._wires: dict[Channel, _GroupWire] = {}
@@ -126,6 +127,16 @@ class DistributedTransport(ExchangeTransport):
         part = -(-tensor.nbytes // len(ranks))
         self.traffic.add("reduce_tied", 2 * part * (len(ranks) - 1))
         channel = _channel(self._plan, "tied", ranks, self._replica)
+        return self._start(
+            channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True)
+        )
+
+    def all_reduce_world(self, tensor: Tensor, what: str) -> Pending:
+        if not self._library or len(self._world) == 1:
+            return super().all_reduce_world(tensor, what)
+        part = -(-tensor.nbytes // len(self._world))
+        self.traffic.add("world", 2 * part * (len(self._world) - 1))
+        channel = Channel("world", self._world)
         return self._start(
             channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True)
         )
@@ -208,13 +219,15 @@ class _Started:
 
 def _channels(plan: Plan) -> list[Channel]:
     """All channels of all ranks, in one order."""
-    pairs = set()
-    for rank, program in enumerate(plan.programs):
-        for instruction in program:
-            if instruction.peer is not None and instruction.opcode is Opcode.SEND:
-                pairs.add((rank, instruction.peer))
-            elif instruction.peer is not None and instruction.opcode is Opcode.RECEIVE:
-                pairs.add((instruction.peer, rank))
+    pairs, opcodes = set(), set()
+    for programs in (plan.programs, plan.evaluation):
+        for rank, program in enumerate(programs):
+            for instruction in program:
+                opcodes.add(instruction.opcode)
+                if instruction.peer is not None and instruction.opcode is Opcode.SEND:
+                    pairs.add((rank, instruction.peer))
+                elif instruction.peer is not None and instruction.opcode is Opcode.RECEIVE:
+                    pairs.add((instruction.peer, rank))
     tied = {unit.ranks for unit in plan.units if len(unit.ranks) > 1}
     found: list[Channel] = []
     for replica in range(plan.num_replicas):
@@ -224,6 +237,8 @@ def _channels(plan: Plan) -> list[Channel]:
         for rank in range(plan.num_pipeline_ranks):
             members = tuple(plan.world_rank(rank, r) for r in range(plan.num_replicas))
             found += [Channel(kind, members) for kind in ("gather", "reduce", "share")]
+    if plan.world_size > 1 and opcodes & {Opcode.CHECK_FINITE, Opcode.CLIP}:
+        found.append(Channel("world", tuple(range(plan.world_size))))
     return found
 
 

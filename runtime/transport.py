@@ -5,12 +5,13 @@ which runs every rank in threads of one process. Every call returns at once; wha
 over when `wait` of the returned Pending returns. Every wait has the plan's deadline.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Pending", "Traffic", "Transport"]
+__all__ = ["Pending", "Then", "Traffic", "Transport"]
 
 
 class Pending(Protocol):
@@ -25,11 +26,25 @@ class Pending(Protocol):
         """
 
 
+class Then:
+    """A Pending with something to do at its end, by whoever waits for it first."""
+
+    def __init__(self, pending: Pending, action: Callable[[], object]) -> None:
+        self._pending = pending
+        self._action: Callable[[], object] | None = action
+
+    def wait(self) -> None:
+        self._pending.wait()
+        if self._action is not None:
+            action, self._action = self._action, None
+            action()
+
+
 @dataclass(slots=True)
 class Traffic:
     """Calls and payload bytes that left this rank, by kind.
 
-    Kinds: `send`, `gather`, `reduce`, `reduce_tied`.
+    Kinds: `send`, `gather`, `reduce`, `reduce_tied`, `world`.
     """
 
     num_calls: dict[str, int] = field(default_factory=dict)
@@ -69,6 +84,9 @@ class Transport(Protocol):
 
     def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
         """`tensor` = its sum over these pipeline ranks of the same replica, equal on all."""
+
+    def all_reduce_world(self, tensor: Tensor, what: str) -> Pending:
+        """`tensor` = its sum over all ranks of all replicas, equal on all. For a few figures."""
 
     def close(self) -> None:
         """Release threads, groups and connections. Safe to call after a failure."""

@@ -57,9 +57,11 @@ def plan_of(
     num_micro_batches: int = 3,
     micro_batch_size: int = 2,
     recompute: bool = False,
-    num_weight_buffers: int = 2,
+    partition: int = 3,
+    options: PlanOptions | None = None,
+    **choices: Any,
 ) -> Plan:
-    """A plan with these stages, partition 3 where there are replicas."""
+    """A plan with these stages; `choices` are further fields of its Placement."""
     traced = trace(model_file)
     graph = traced.layer_graph(micro_batch_size)
     assert boundaries[-1] == len(graph.layers)
@@ -71,14 +73,15 @@ def plan_of(
         stage_ranks=tuple(stage % num_pipeline_ranks for stage in range(num_stages)),
         micro_batch_size=micro_batch_size,
         num_micro_batches=num_micro_batches,
-        partition=3 if num_replicas > 1 else 0,
+        partition=partition if num_replicas > 1 else 0,
         recompute=(recompute,) * num_stages,
-        num_weight_buffers=num_weight_buffers,
+        **choices,
     )
     cluster = chain_cluster(placement.world_size)
-    options = PlanOptions(deadline_seconds=20)
+    options = options or PlanOptions(deadline_seconds=20)
     plan = lower(graph, measure(traced, micro_batch_size), cluster, placement, options)
-    assert check(plan).passed
+    verdict = check(plan)
+    assert verdict.passed, verdict
     return plan
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from planner.cluster.types import Cluster, Device, Host, Link
 from planner.plan.types import Instruction, Opcode, Plan, PlanOptions, Unit
+from planner.schedules import Schedule
 
 __all__ = ["minimal_plan"]
 
@@ -17,7 +18,7 @@ def minimal_plan(
     deadline_seconds: float = 30.0,
     heartbeat_seconds: float = 3.0,
 ) -> Plan:
-    """A plan of no stages, whose programs hold one transfer for each (source, destination).
+    """A plan of no stages: one call of all ranks, and a transfer for each (source, destination).
 
     `pairs` defaults to both directions of the ring's neighbours; `tied` are rank sets that share
     a unit of one parameter.
@@ -25,7 +26,8 @@ def minimal_plan(
     if pairs is None:
         ring = [(rank, (rank + 1) % num_pipeline_ranks) for rank in range(num_pipeline_ranks)]
         pairs = [pair for a, b in ring if a != b for pair in ((a, b), (b, a))]
-    programs: list[list[Instruction]] = [[] for _ in range(num_pipeline_ranks)]
+    world = Instruction(opcode=Opcode.CHECK_FINITE, stream="data", writes=("finite",))
+    programs: list[list[Instruction]] = [[world] for _ in range(num_pipeline_ranks)]
     for source, destination in dict.fromkeys(pairs):
         programs[source].append(
             Instruction(opcode=Opcode.SEND, stream=f"to.{destination}", peer=destination)
@@ -53,6 +55,8 @@ def minimal_plan(
         micro_batch_size=1,
         num_micro_batches=1,
         partition=0,
+        offload_state=False,
+        schedule=Schedule.LAYERED,
         layer_names=(),
         batch=(),
         tensors=(),
@@ -63,6 +67,8 @@ def minimal_plan(
         options=PlanOptions(deadline_seconds=deadline_seconds, heartbeat_seconds=heartbeat_seconds),
         prediction=None,
         programs=tuple(tuple(program) for program in programs),
+        evaluation=(),
+        buffers=((),) * num_pipeline_ranks,
     )
 
 

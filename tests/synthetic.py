@@ -1,14 +1,18 @@
-"""Hand-made LayerGraphs, Profiles and Clusters with round costs: chains of equal layers."""
+"""Hand-made LayerGraphs, Profiles, Clusters and Plans with round costs: chains of equal layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from planner.cluster.types import Cluster, Device, Host, Link
 from planner.graph import LayerGraph, LayerNode, ParameterSpec, TensorSpec
+from planner.lower import lower
 from planner.plan.code import Reference, Statement
+from planner.plan.types import Plan, PlanOptions
 from planner.profile import LayerProfile, Profile
+from planner.schedules import Schedule
 from planner.solve.types import Placement
 
-__all__ = ["chain_cluster", "chain_graph", "chain_placement", "chain_profile"]
+__all__ = ["chain_cluster", "chain_graph", "chain_placement", "chain_plan", "chain_profile"]
 
 
 def chain_graph(
@@ -190,6 +194,10 @@ def chain_placement(
     recompute: bool = False,
     num_weight_buffers: int = 2,
     num_gradient_buffers: int = 2,
+    schedule: Schedule = Schedule.LAYERED,
+    group_size: int = 0,
+    offload_state: bool = False,
+    offload_inputs: bool = False,
 ) -> Placement:
     """Equal stages on rank s mod P."""
     return Placement(
@@ -203,4 +211,47 @@ def chain_placement(
         recompute=(recompute,) * num_stages,
         num_weight_buffers=num_weight_buffers,
         num_gradient_buffers=num_gradient_buffers,
+        schedule=schedule,
+        group_size=group_size,
+        offload_state=offload_state,
+        offload_inputs=offload_inputs,
     )
+
+
+def chain_plan(
+    num_stages: int = 4,
+    num_pipeline_ranks: int = 2,
+    num_micro_batches: int = 2,
+    *,
+    width: int = 1,
+    num_elements: int = 1,
+    tied: Sequence[tuple[int, int]] = (),
+    skips: Sequence[tuple[int, int]] = (),
+    num_random_operators: int = 0,
+    options: PlanOptions | None = None,
+    cluster: Cluster | None = None,
+    forward_seconds: float | Sequence[float] = 1.0,
+    backward_seconds: float | Sequence[float] = 2.0,
+    saved_bytes: int = 0,
+    transient_bytes: int = 0,
+    **placement: Any,
+) -> Plan:
+    """The lowered plan of a chain; `placement` goes to `chain_placement`."""
+    graph = chain_graph(
+        num_stages * placement.get("layers_per_stage", 1),
+        width=width,
+        num_elements=num_elements,
+        tied=tied,
+        skips=skips,
+        num_random_operators=num_random_operators,
+    )
+    profile = chain_profile(
+        graph,
+        forward_seconds=forward_seconds,
+        backward_seconds=backward_seconds,
+        saved_bytes=saved_bytes,
+        transient_bytes=transient_bytes,
+    )
+    placed = chain_placement(num_stages, num_pipeline_ranks, num_micro_batches, **placement)
+    cluster = cluster or chain_cluster(placed.world_size)
+    return lower(graph, profile, cluster, placed, options or PlanOptions())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.cluster import Cluster, resolve_cluster
+from planner.cluster import Allocator, Cluster, resolve_cluster
 from planner.errors import ClusterError
 
 INLINE = """
@@ -48,6 +48,60 @@ def test_inline_figures_arrive_unchanged(tmp_path: Path) -> None:
     assert "lab.yaml" in device.provenance
     assert (cluster.link(0, 1).bandwidth, cluster.link(0, 1).latency_seconds) == (8e9, 5e-6)
     assert cluster.network.bandwidth == pytest.approx(1.125e9)
+
+
+SHARED = """
+hosts:
+  - count: 2
+    device:
+      name: board
+      memory_bytes: 16e9
+      reserved_bytes: 1e9
+      peak_flops: {float32: 10e12}
+      memory_bandwidth: 500e9
+      instruction_overhead_seconds: 2e-6
+      host_bandwidth: {value: 12e9, source: measured with a copy of 1 GiB}
+      allocator: torch-cuda
+    link: {name: bus, bandwidth: 8e9, latency_seconds: 5e-6, duplex: false}
+    adapter_bandwidth: 3e9
+network: {name: lan, bandwidth: 2e9, latency_seconds: 30e-6}
+collectives: auto
+"""
+
+
+def test_shared_adapters_copies_issue_and_allocator_arrive_unchanged(tmp_path: Path) -> None:
+    cluster = read(tmp_path, SHARED, 1)
+    host, device = cluster.hosts[0], cluster.device(0)
+    assert (host.num_devices, host.adapter_bandwidth, host.link.duplex) == (1, 3e9, False)
+    assert (cluster.network.duplex, cluster.collectives) == (True, "auto")
+    assert (device.instruction_overhead_seconds, device.host_bandwidth) == (2e-6, 12e9)
+    assert "host bandwidth from measured with a copy of 1 GiB" in device.provenance
+    assert device.allocator == Allocator()
+
+
+def test_an_allocator_may_be_described(tmp_path: Path) -> None:
+    sizes = (
+        "{rounding_bytes: 256, small_limit_bytes: 1024, small_segment_bytes: 4096, "
+        "large_limit_bytes: 8192, large_segment_bytes: 16384, segment_rounding_bytes: 2048}"
+    )
+    cluster = read(tmp_path, SHARED.replace("torch-cuda", sizes))
+    assert cluster.device(0).allocator == Allocator(
+        rounding_bytes=256,
+        small_limit_bytes=1024,
+        small_segment_bytes=4096,
+        large_limit_bytes=8192,
+        large_segment_bytes=16384,
+        segment_rounding_bytes=2048,
+    )
+
+
+def test_by_default_nothing_is_shared_and_copies_are_free(tmp_path: Path) -> None:
+    cluster = read(tmp_path, INLINE, 2)
+    host, device = cluster.hosts[0], cluster.device(0)
+    assert (host.adapter_bandwidth, host.link.duplex) == (None, True)
+    assert cluster.collectives == "ring"
+    assert (device.instruction_overhead_seconds, device.host_bandwidth) == (0.0, None)
+    assert device.allocator is None
 
 
 def test_names_take_their_usual_link_and_network(tmp_path: Path) -> None:
@@ -151,6 +205,12 @@ def test_an_unsafe_tag_runs_nothing(tmp_path: Path) -> None:
         (INLINE.replace("500e9", ".nan"), "hosts.0.device.memory_bandwidth.value", "nan"),
         (INLINE.replace("0.9", "1.1"), "network.efficiency.value", "1.1"),
         (INLINE.replace("gloo", "mpi"), "backend", "'mpi'"),
+        (SHARED.replace("auto", "star"), "collectives", "'star'"),
+        (SHARED.replace("duplex: false", "duplex: 2"), "hosts.0.link.duplex", "2"),
+        (SHARED.replace("3e9", "0"), "hosts.0.adapter_bandwidth.value", "0"),
+        (SHARED.replace("12e9", "-1"), "hosts.0.device.host_bandwidth.value", "-1"),
+        (SHARED.replace("torch-cuda", "best-fit"), "hosts.0.device.allocator", "'best-fit'"),
+        (SHARED.replace("2e-6", "-1"), "hosts.0.device.instruction_overhead_seconds", "-1"),
         (
             INLINE.replace("{float32: 10e12, bfloat16: 40e12}", "{}"),
             "hosts.0.device.peak_flops",

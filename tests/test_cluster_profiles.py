@@ -10,6 +10,7 @@ import yaml
 from planner.cluster.found import device_from_properties
 from planner.cluster.library import device_names, device_profile, link_spec
 from planner.cluster.schema import DeviceProfile, Figure, LinkFile
+from planner.cluster.types import Allocator
 from planner.errors import ClusterError
 
 DEVICES = ("a100-40", "a100-80", "b200", "h100-sxm", "h200", "l40s", "rtx-4090", "v100-32")
@@ -61,6 +62,9 @@ def test_device_is_named_as_its_file_and_becomes_a_device(name: str) -> None:
     assert device.memory_bytes > 20e9 > device.reserved_bytes > 0
     assert {"float32", "bfloat16", "float16", "float64"} <= set(device.peak_flops)
     assert all(math.isfinite(flops) and flops > 1e12 for flops in device.peak_flops.values())
+    assert device.host_bandwidth is not None
+    assert 10e9 < device.host_bandwidth < device.memory_bandwidth / 10
+    assert device.allocator == Allocator()
     assert "\n" not in device.provenance
     assert "nowhere" not in device.provenance, "a figure has no source"
 

@@ -8,9 +8,11 @@ import pytest
 from planner.cluster.types import Device, Link
 from planner.cost import (
     all_reduce_seconds,
+    copy_seconds,
     gather_seconds,
     layer_seconds,
     peak_flops,
+    read_seconds,
     reduce_scatter_seconds,
     transfer_seconds,
     update_seconds,
@@ -148,3 +150,11 @@ def test_a_synchronous_device_adds_the_overhead_of_each_kernel() -> None:
     assert layer_seconds(counts, synchronous)[0] == pytest.approx(3 * (1e-2 + 1e-3))
     asynchronous = dataclasses.replace(synchronous, synchronous=False)
     assert layer_seconds(counts, asynchronous)[0] == pytest.approx(3e-2)
+
+
+def test_copies_and_reads_are_bound_by_memory() -> None:
+    # 1e11 x 0.8 bytes/s; a kernel takes a microsecond at least, none at all nothing.
+    assert read_seconds(8 * 10**9, DEVICE) == pytest.approx(0.1)
+    assert copy_seconds(8 * 10**9, DEVICE) == pytest.approx(0.2)
+    assert read_seconds(1, DEVICE) == copy_seconds(1, DEVICE) == 1e-6
+    assert read_seconds(0, DEVICE) == copy_seconds(0, DEVICE) == 0.0

@@ -115,6 +115,7 @@ def test_inside_another_launcher_it_is_refused(
             num_steps=3,
             verify=True,
             save_path=Path("a b.pt"),
+            timeline_path=Path("the step.json"),
             log_every=2,
             seed=7,
             deadline_seconds=0.1 + 0.2,

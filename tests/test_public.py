@@ -16,7 +16,7 @@ import runtime
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.errors",),
-    ("planner.operators", "planner.storages"),
+    ("planner.operators", "planner.schedules", "planner.storages"),
     ("planner.plan.code",),
     ("planner.graph",),
     ("planner.cluster.types",),
@@ -33,6 +33,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.lower",),
     ("planner.simulate",),
     ("planner.check",),
+    ("planner.export",),
     ("planner.pipeline",),
     ("planner.report",),
     ("planner.console",),
@@ -45,10 +46,13 @@ The `types` of cluster and solve are data that a plan or an order is made of: th
 RUNTIME_MAY_IMPORT = (
     "planner.console",
     "planner.errors",
+    "planner.export.files",
+    "planner.export.timeline_file",
     "planner.graph",
     "planner.model_file",
     "planner.operators",
     "planner.plan",
+    "planner.schedules",
     "planner.storages",
     "planner.timeline",
 )

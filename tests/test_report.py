@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from test_check import chain_plan
+from synthetic import chain_plan
 
 from planner.check import check
 from planner.errors import UsageError
@@ -20,6 +20,7 @@ from planner.report import (
     seconds_text,
     timeline_rows,
 )
+from planner.schedules import Schedule
 from planner.simulate import simulate
 from planner.timeline import Timeline
 
@@ -103,3 +104,11 @@ def test_tables_fit_eighty_columns_and_hold_their_figures() -> None:
     assert "8 layers" in lines[0]
     assert "2 replicas x 4 pipeline ranks" in lines[2]
     assert lines[3].startswith("batch     4 samples")
+
+
+def test_halves_of_backward_have_letters_of_their_own() -> None:
+    plan = chain_plan(2, 2, 3, schedule=Schedule.ZERO_BUBBLE)
+    rows = [str(row) for row in timeline_rows(plan, simulate(plan).timeline, width=60)]
+    assert "B" in rows[1]
+    assert "=" in rows[1]
+    assert "=: weight gradients" in rows[-1]

@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training import EXAMPLES
+from training import EXAMPLES, even_plan, example, train_by_plan
 
 from planner.model_file import load_model_file
-from planner.plan.file import read_plan
+from planner.plan.file import read_plan, write_plan
+from planner.plan.types import PlanOptions
+from planner.schedules import Schedule
 
 TOOLS = Path(sys.executable).parent
 
@@ -75,6 +78,32 @@ def test_plan_verify_train_save(name: str, options: str, tmp_path: Path) -> None
         "cluster.yaml",
         "weights.pt",
     ]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"schedule": Schedule.ZERO_BUBBLE, "offload_state": True},
+        {"stages_per_rank": 2, "num_replicas": 2, "partition": 3, "offload_inputs": True},
+    ],
+)
+def test_every_instruction_over_gloo_is_what_it_is_between_threads(
+    layout: dict[str, Any], tmp_path: Path
+) -> None:
+    options = PlanOptions(deadline_seconds=60, check_finite=True, clip_norm=0.5, save=True)
+    made = even_plan(
+        "mlp", num_pipeline_ranks=2, num_micro_batches=3, recompute=True, options=options, **layout
+    )
+    write_plan(made, tmp_path / "a.plan.yaml")
+    model = str(EXAMPLES / "mlp.py")
+    words = ("--verify", "--steps", "3", "--save", "weights.pt")
+    result = command(tmp_path, "lga-run", "a.plan.yaml", model, *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "verify: passed" in result.stdout
+    trained = torch.load(tmp_path / "weights.pt", weights_only=True)
+    expected = train_by_plan(example("mlp")[0], made, num_steps=3).state
+    assert expected.keys() == trained.keys()
+    assert all(torch.equal(trained[key], value) for key, value in expected.items())
 
 
 def test_torchrun_trains_the_same(tmp_path: Path) -> None:

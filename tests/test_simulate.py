@@ -3,41 +3,19 @@
 The expected figures are derived by arithmetic from the order's rules, independently of this code.
 """
 
+import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-from synthetic import chain_cluster, chain_graph, chain_placement, chain_profile
+from small_plans import small_plan
+from synthetic import chain_cluster, chain_graph, chain_placement, chain_plan, chain_profile
 
-from planner.cluster.types import Cluster
 from planner.errors import CheckError
 from planner.lower import lower
+from planner.plan.dependencies import partial_order
 from planner.plan.types import Opcode, Plan, PlanOptions
 from planner.simulate import simulate
-
-
-def chain_plan(
-    num_stages: int,
-    num_pipeline_ranks: int,
-    num_micro_batches: int,
-    *,
-    cluster: Cluster | None = None,
-    layers_per_stage: int = 1,
-    backward_seconds: float = 2.0,
-    num_elements: int = 1,
-    width: int = 1,
-    **placement: int,
-) -> Plan:
-    graph = chain_graph(num_stages * layers_per_stage, num_elements=num_elements, width=width)
-    placed = chain_placement(
-        num_stages,
-        num_pipeline_ranks,
-        num_micro_batches,
-        layers_per_stage=layers_per_stage,
-        **placement,
-    )
-    profile = chain_profile(graph, backward_seconds=backward_seconds)
-    return lower(graph, profile, cluster or chain_cluster(placed.world_size), placed, PlanOptions())
 
 
 def starts(plan: Plan, rank: int) -> dict[str, list[float]]:
@@ -171,7 +149,7 @@ def test_transfers_take_latency_and_bytes_and_hops_are_counted() -> None:
 
 
 def test_transfers_of_one_rank_share_its_link() -> None:
-    # Rank 0 sends h_0 and a skip to rank 1 and rank 2 at once, each 1 s long on a shared link.
+    # Rank 0 sends h_0 and a skip to rank 1 and rank 2 at once, each 1 s long alone.
     graph = chain_graph(3, skips=[(0, 2)])
     placement = chain_placement(3, 3, 1)
     cluster = chain_cluster(3, bandwidth=4.0)
@@ -181,7 +159,7 @@ def test_transfers_of_one_rank_share_its_link() -> None:
         for event in simulate(plan).timeline.events
         if event.rank == 0 and plan.programs[0][event.index].opcode is Opcode.SEND
     )
-    assert arrivals == [2, 3]
+    assert arrivals == [3, 3]
 
 
 def test_links_between_hosts_are_the_network() -> None:
@@ -200,6 +178,24 @@ def test_events_follow_programs_and_streams() -> None:
         stream = (event.rank, plan.programs[event.rank][event.index].stream)
         assert event.start_seconds >= last_end.get(stream, 0.0)
         last_end[stream] = event.end_seconds
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_without_bandwidth_limits_a_step_is_the_longest_path(seed: int) -> None:
+    plan = small_plan(random.Random(seed), max_instructions=200)
+    cluster = chain_cluster(plan.world_size, latency_seconds=0.25)
+    order = partial_order(plan)
+    simulation = simulate(plan, cluster, order=order)
+    took = {(e.rank, e.index): e.end_seconds - e.start_seconds for e in simulation.timeline.events}
+    ends = [0.0] * len(order.members)
+    for task in order.sorted_tasks():
+        start = max((ends[earlier] for earlier in order.predecessors[task]), default=0.0)
+        ends[task] = start + took[order.members[task][0]]
+    assert simulation.step_seconds == pytest.approx(max(ends))
+    for event in simulation.timeline.events:
+        task = order.task_of[event.rank][event.index]
+        assert event.end_seconds == pytest.approx(ends[task])
+    assert simulation == simulate(plan, cluster)
 
 
 def test_a_plan_that_cannot_end_is_refused() -> None:

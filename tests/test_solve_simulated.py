@@ -1,6 +1,7 @@
 """The step-time and memory models against the simulator, on real lowered plans."""
 
 import random
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def chain_problem(
     num_hosts: int = 1,
     limit: int = 2**33,
     message_seconds: float = 0.0,
+    updates_wait: bool = False,
     **wanted: int | bool,
 ) -> Problem:
     generator = random.Random(2)
@@ -62,14 +64,15 @@ def chain_problem(
         global_batch_size=32,
         constraints=Constraints(**wanted),  # type: ignore[arg-type]
         memory_limit_bytes=limit,
+        updates_wait=updates_wait,
     )
 
 
 def simulate_placement(problem: Problem, placement: Placement) -> Simulated:
     size = placement.micro_batch_size
-    plan = lower(
-        problem.graph_at(size), problem.profile_at(size), problem.cluster, placement, PlanOptions()
-    )
+    options = PlanOptions(check_finite=problem.updates_wait)
+    graph, profile = problem.graph_at(size), problem.profile_at(size)
+    plan = lower(graph, profile, problem.cluster, placement, options)
     simulation = simulate(plan)
     return Simulated(step_seconds=simulation.step_seconds, peak_bytes=simulation.peak_bytes)
 
@@ -103,7 +106,10 @@ def test_model_agrees_with_the_simulator(
         simulated = simulate_placement(problem, placement)
         instance = builder.instance(choice_of(placement))
         seconds = step_ticks(instance, placement.boundaries) * instance.tick_seconds
-        assert simulated.step_seconds == pytest.approx(seconds, rel=1e-6)
+        # The model knows of no sharing: collectives and transfers that meet make it an optimist.
+        shared = 1e-3 if replicas > 1 and ranks > 1 else 1e-6
+        assert simulated.step_seconds == pytest.approx(seconds, rel=shared)
+        assert simulated.step_seconds >= seconds * (1 - 1e-6)
         units = rank_units(instance, placement.boundaries)
         for peak, count in zip(simulated.peak_bytes, units, strict=True):
             assert peak == pytest.approx(count * instance.unit_bytes, rel=0.15)
@@ -111,6 +117,39 @@ def test_model_agrees_with_the_simulator(
 
     solve(problem, compare)
     assert compared >= 2
+
+
+@pytest.mark.parametrize(("replicas", "partition"), [(1, 0), (2, 0), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stages"), [(1, 4), (2, 2)])
+def test_gradients_that_wait_for_the_end_are_in_the_memory_model(
+    replicas: int, partition: int, ranks: int, stages: int
+) -> None:
+    problem = chain_problem(
+        num_devices=replicas * ranks,
+        num_replicas=replicas,
+        num_pipeline_ranks=ranks,
+        stages_per_rank=stages,
+        partition=partition,
+        updates_wait=True,
+    )
+    builder = Builder(problem=problem)
+    peaks = []
+
+    def compare(placement: Placement) -> Simulated:
+        simulated = simulate_placement(problem, placement)
+        instance = builder.instance(choice_of(placement))
+        units = rank_units(instance, placement.boundaries)
+        for peak, count in zip(simulated.peak_bytes, units, strict=True):
+            assert peak == pytest.approx(count * instance.unit_bytes, rel=0.15)
+        without = replace(problem, updates_wait=False)
+        peaks.append(
+            (max(simulated.peak_bytes), max(simulate_placement(without, placement).peak_bytes))
+        )
+        return simulated
+
+    solve(problem, compare)
+    # What waits late in backward may take the place of activations that are gone by then.
+    assert all(waiting > usual - (replicas > 1) for waiting, usual in peaks)
 
 
 @pytest.mark.parametrize("message_seconds", [0.0, 3e-4])

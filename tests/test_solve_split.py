@@ -258,7 +258,10 @@ def test_classes_add_up_to_the_rank(replicas: int, partition: int, recompute: bo
     assert instance.unit_bytes == 1
     for split in all_splits(7, 4):
         classes = [
-            bytes_by_class(builder.figures_of(choice), choice, 2, split, rank) for rank in range(2)
+            bytes_by_class(
+                builder.figures_of(choice), choice, builder.memory_of(choice), split, rank
+            )
+            for rank in range(2)
         ]
         assert [sum(c.values()) for c in classes] == rank_units(instance, split)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from plans import minimal_plan
 from torch import Tensor
-from transport_ranks import SCENARIOS, SIZES, every_call, many_at_once, values
+from transport_ranks import KINDS, SCENARIOS, SIZES, every_call, many_at_once, values
 
 from planner.errors import DeadlineError, PeerLostError
 from planner.plan.types import Plan
@@ -86,7 +86,7 @@ def expected_every_call(plan: Plan, world_rank: int) -> dict[str, Tensor]:
     pipeline_rank, replica = plan.coordinates(world_rank)
     replicas = [plan.world_rank(pipeline_rank, r) for r in range(plan.num_replicas)]
     found: dict[str, Tensor] = {}
-    traffic = torch.zeros(4, dtype=torch.int64)
+    traffic = torch.zeros(len(KINDS), dtype=torch.int64)
     others = plan.num_replicas - 1
     for size in SIZES:
         found[f"gather {size}"] = torch.cat([values(r, size) for r in replicas])
@@ -104,6 +104,9 @@ def expected_every_call(plan: Plan, world_rank: int) -> dict[str, Tensor]:
                 sharers = [plan.world_rank(p, replica) for p in unit.ranks]
                 found[f"tied {unit.ranks} {size}"] = in_order([values(r, size) for r in sharers])
                 traffic[3] += 4 * size * (len(unit.ranks) - 1)
+        world = [values(rank, size).double() for rank in range(plan.world_size)]
+        found[f"world {size}"] = in_order(world)
+        traffic[4] += 8 * size * (plan.world_size - 1)
         if plan.num_pipeline_ranks > 1:
             previous = (pipeline_rank - 1) % plan.num_pipeline_ranks
             found[f"ring {size}"] = values(plan.world_rank(previous, replica), size)

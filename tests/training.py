@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from synthetic import chain_cluster
@@ -74,9 +75,13 @@ def even_plan(
     micro_batch_size: int = 2,
     partition: int = 0,
     recompute: bool = False,
-    num_weight_buffers: int = 2,
+    options: PlanOptions | None = None,
+    **choices: Any,
 ) -> Plan:
-    """A plan of an example with stages of about equally many layers."""
+    """A plan of an example with stages of about equally many layers.
+
+    `choices` are further fields of its Placement.
+    """
     graph, profile = graph_and_profile(name, micro_batch_size)
     num_stages = num_pipeline_ranks * stages_per_rank
     placement = Placement(
@@ -88,10 +93,11 @@ def even_plan(
         num_micro_batches=num_micro_batches,
         partition=partition,
         recompute=(recompute,) * num_stages,
-        num_weight_buffers=num_weight_buffers,
+        **choices,
     )
     cluster = chain_cluster(placement.world_size)
-    return lower(graph, profile, cluster, placement, PlanOptions(deadline_seconds=60))
+    options = options or PlanOptions(deadline_seconds=60)
+    return lower(graph, profile, cluster, placement, options)
 
 
 def train_plainly(model_file: ModelFile, plan: Plan, num_steps: int = NUM_STEPS) -> Run:

@@ -22,6 +22,7 @@ from runtime.failure import FailureReport, end_process
 from runtime.session import distributed_session
 
 SIZES = (1, 7, 64)
+KINDS = ("send", "gather", "reduce", "reduce_tied", "world")
 
 
 def values(world_rank: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,6 +54,9 @@ def every_call(transport: ExchangeTransport, world_rank: int, plan: Plan) -> dic
                 tied = values(world_rank, size)
                 transport.all_reduce_tied(tied, unit.ranks, "tied").wait()
                 found[f"tied {unit.ranks} {size}"] = tied
+        world = values(world_rank, size).double()
+        transport.all_reduce_world(world, "world").wait()
+        found[f"world {size}"] = world
         if num_ranks > 1:
             following, previous = (pipeline_rank + 1) % num_ranks, (pipeline_rank - 1) % num_ranks
             arriving = torch.full((size,), torch.nan)
@@ -61,9 +65,7 @@ def every_call(transport: ExchangeTransport, world_rank: int, plan: Plan) -> dic
             received.wait()
             sent.wait()
             found[f"ring {size}"] = arriving
-    found["traffic"] = torch.tensor(
-        [transport.traffic.num_bytes.get(k, 0) for k in ("send", "gather", "reduce", "reduce_tied")]
-    )
+    found["traffic"] = torch.tensor([transport.traffic.num_bytes.get(kind, 0) for kind in KINDS])
     return found
 
 

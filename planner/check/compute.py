@@ -1,114 +1,116 @@
-"""What LOAD, FORWARD, RECOMPUTE and BACKWARD must find, and what they leave."""
+"""What FORWARD, RECOMPUTE, BACKWARD and its halves must find, and what they leave."""
 
-from planner.check.symbols import Content, State, Sum, words
-from planner.lower.units import pool_name
-from planner.plan.types import Instruction, Opcode, StagePlan, Unit
+from planner.check.expected import Form
+from planner.check.symbols import NAMED, Gradient, State, describe, words
+from planner.plan.types import Instruction, Unit
 
-__all__ = ["run_compute", "run_load"]
-
-
-def run_load(state: State, rank: int, instruction: Instruction) -> None:
-    """Each written buffer then holds its key and micro-batch."""
-    keys = {key.name for key in state.plan.batch}
-    for buffer in instruction.writes:
-        kind, _, rest = buffer.rpartition(":")
-        key, _, micro_batch = rest.rpartition(".")
-        if kind != "batch" or key not in keys or micro_batch != str(instruction.micro_batch):
-            what = f"LOAD of micro-batch {instruction.micro_batch} writes {buffer}"
-            state.fail(5, f"{what}, which is not a key of that part of the batch")
-        state.held[rank][buffer] = ("named", buffer)
+__all__ = ["run_compute"]
 
 
 def run_compute(state: State, rank: int, instruction: Instruction) -> None:
     """Check everything the stage needs for this pass, then note what it leaves."""
-    stage = state.plan.stages[instruction.stage or 0]
-    for name in stage.units:
-        _need_weights(state, rank, instruction, state.units[name])
-    if instruction.opcode is Opcode.BACKWARD:
-        made = _backward(state, rank, instruction, stage)
-    else:
-        made = _forward(state, rank, instruction, stage)
-    for buffer in sorted(made.keys() - set(instruction.writes)):
-        state.fail(5, f"{instruction.opcode.value} makes {buffer} but does not write it")
-    for buffer in instruction.writes:
-        if buffer not in state.sums[rank]:
-            state.held[rank][buffer] = made.get(buffer, ("something else",))
-
-
-def _forward(
-    state: State, rank: int, instruction: Instruction, stage: StagePlan
-) -> dict[str, Content]:
-    micro_batch, recompute = instruction.micro_batch, instruction.opcode is Opcode.RECOMPUTE
-    needed = [f"{name}.{micro_batch}" for name in stage.inputs]
-    needed += [f"batch:{key}.{micro_batch}" for key in stage.batch_keys]
-    for buffer in needed:
-        state.need(rank, instruction, buffer, ("named", buffer))
-    made = [] if recompute else [f"{name}.{micro_batch}" for name in stage.outputs]
-    if stage.recompute == recompute:
-        made.append(f"saved:{stage.index}.{micro_batch}")
-    return {buffer: ("named", buffer) for buffer in made}
-
-
-def _backward(
-    state: State, rank: int, instruction: Instruction, stage: StagePlan
-) -> dict[str, Content]:
-    micro_batch = instruction.micro_batch or 0
-    saved = f"saved:{stage.index}.{micro_batch}"
-    state.need(rank, instruction, saved, ("named", saved))
-    for buffer in instruction.reads:
-        if ":" not in buffer or buffer.startswith("batch:"):
-            state.need(rank, instruction, buffer, ("named", buffer))
-    made: dict[str, Content] = {}
-    specs = {tensor.name: tensor for tensor in state.plan.tensors}
-    for name in (*stage.outputs, *stage.inputs):
-        if name not in specs or not specs[name].requires_grad:
-            continue
-        buffer = f"gradient:{name}.{micro_batch}"
-        later = tuple(reader for reader in state.readers[name] if reader > stage.index)
-        if later:
-            state.need(rank, instruction, buffer, ("gradient", name, micro_batch, later))
-        if name in stage.inputs:
-            made[buffer] = ("gradient", name, micro_batch, (stage.index, *later))
-    for name in stage.units:
-        if state.units[name].trainable:
-            made |= _accumulate(state, rank, instruction, state.units[name])
-    return made
-
-
-def _need_weights(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
-    buffers = [buffer for buffer in instruction.reads if buffer.startswith("weights:")]
-    found = [state.held[rank][buffer] for buffer in buffers if buffer in state.held[rank]]
-    if ("weights", unit.name) not in found:
-        what = f"{instruction.opcode.value} of stage {instruction.stage}"
-        held = ", ".join(map(words, found)) or "none"
-        state.fail(5, f"{what} needs the weights of {unit.name}, but finds {held}")
-
-
-def _accumulate(
-    state: State, rank: int, instruction: Instruction, unit: Unit
-) -> dict[str, Content]:
-    """Add the stage's gradient, and the part that later stages left, to the unit's sum."""
     stage, micro_batch = instruction.stage or 0, instruction.micro_batch or 0
-    part, stages = f"part:{unit.name}.{micro_batch}", [stage]
-    if part in instruction.reads:
-        match state.held[rank].get(part):
-            case ("part", _, _, tuple(others)):
-                stages += others
-            case found:
-                state.fail(5, f"{part} holds {words(found or ())} where a gradient is needed")
-    if part in instruction.writes:
-        return {part: ("part", unit.name, micro_batch, tuple(stages))}
-    prefix = f"sum:{pool_name(unit)}."
-    buffer = next((name for name in instruction.writes if name.startswith(prefix)), None)
-    if buffer is None:
-        state.fail(5, f"BACKWARD of stage {stage} leaves the gradient of {unit.name} nowhere")
-        return {}
-    held = state.sums[rank].get(buffer)
-    if held is None or buffer not in instruction.reads:
-        if held and not held.consumed:
-            state.fail(5, f"{buffer} is overwritten while it holds the sum of {held.unit}")
-        held = state.sums[rank][buffer] = Sum(unit=unit.name)
-    elif held.unit != unit.name or held.consumed:
-        state.fail(5, f"{buffer} holds the sum of {held.unit} where {unit.name} is added")
-    held.added.update((other, micro_batch) for other in stages)
-    return {}
+    form, suffix = state.expected.form(stage, instruction.opcode), f".{micro_batch}"
+    held = state.held[rank]
+    state.find_reads(rank, instruction)
+    gradients = [(name + suffix, last) for name, last in form.gradients]
+    sums = [b for b in instruction.writes if b.startswith("sum:")] if form.sums else []
+    weights = _weights(state, rank, instruction, form, gradients, suffix, sums)
+    found = [held.get(buffer) for buffer in weights]
+    if found != list(form.units) and sorted(map(str, found)) != sorted(form.units):
+        others = ", ".join(words(content) for content in found if content is not None)
+        message = f"{describe(instruction)} needs the weights of {', '.join(form.units)}, but "
+        state.fail(5, f"{message}finds {others or 'none'}", rank, weights[0] if weights else "")
+    for buffer, last in gradients:
+        if held.get(buffer) != last:
+            state.need(rank, buffer, last)
+    _check_writes(state, rank, instruction, form, suffix, sums)
+    for name in form.writes:
+        held[name + suffix] = NAMED
+    for name in form.made:
+        held[name + suffix] = stage
+    for unit, buffer in zip(form.sums, sums, strict=False):
+        _accumulate(state, rank, instruction, unit, buffer)
+
+
+def _weights(
+    state: State,
+    rank: int,
+    instruction: Instruction,
+    form: Form,
+    gradients: list[tuple[str, int]],
+    suffix: str,
+    sums: list[str],
+) -> list[str]:
+    """The weights buffers among what it reads; the rest must be what its form names."""
+    reads = set(instruction.reads)
+    wanted = {name + suffix for name in form.reads}
+    wanted.update(form.weights)
+    wanted.update(name for name, _ in gradients)
+    pools = reads - wanted
+    if sums:
+        pools.difference_update(sums)
+    lacking = wanted - reads
+    extra = len(instruction.reads) - len(reads)
+    if not state.plan.gathers:
+        extra += len(pools)
+    elif pools:
+        extra += sum(not buffer.startswith("weights:") for buffer in pools)
+    if lacking or extra:
+        message = f"{describe(instruction)} reads {' '.join(instruction.reads)}: "
+        what = f"it lacks {' '.join(sorted(lacking))}" if lacking else "that is too much"
+        state.fail(5, message + what, rank)
+    return list(form.weights) or sorted(b for b in pools if b.startswith("weights:"))
+
+
+def _check_writes(
+    state: State,
+    rank: int,
+    instruction: Instruction,
+    form: Form,
+    suffix: str,
+    sums: list[str],
+) -> None:
+    """It writes what its form names, and a sum for each unit that needs one; nothing else."""
+    writes = set(instruction.writes)
+    wanted = {name + suffix for name in form.writes}
+    wanted.update(name + suffix for name in form.made)
+    wanted.update(sums)
+    if writes == wanted and len(instruction.writes) == len(writes) and len(sums) == len(form.sums):
+        return
+    message = f"{describe(instruction)} writes {' '.join(instruction.writes) or 'nothing'}, not "
+    message += " ".join(sorted(wanted - set(sums)))
+    if form.sums:
+        message += f" and sums of {', '.join(unit.name for unit in form.sums)}"
+    state.fail(5, message, rank)
+
+
+def _accumulate(state: State, rank: int, instruction: Instruction, unit: Unit, buffer: str) -> None:
+    """Add the stage's gradient, and what later stages left for it, to the unit's sum."""
+    stage, micro_batch = instruction.stage or 0, instruction.micro_batch or 0
+    held = state.held[rank]
+    total = held.get(buffer)
+    if buffer not in instruction.reads:
+        if isinstance(total, Gradient):
+            message = f"{buffer} is overwritten while it holds the sum of {total.unit}"
+            state.fail(5, message, rank, buffer)
+        total = None
+    elif isinstance(total, Gradient) and total.unit != unit.name:
+        message = f"{buffer} holds the sum of {total.unit} where {unit.name} is added"
+        state.fail(5, message, rank, buffer)
+    if not isinstance(total, Gradient):
+        total = held[buffer] = Gradient(unit=unit.name)
+        if not state.expected.fits(rank, buffer, unit):
+            entry = state.expected.tables[rank].get(buffer)
+            message = f"{buffer} cannot hold the sum of {unit.name}: it is {entry}"
+            state.fail(5, message, rank, buffer)
+    for user in unit.stages if unit.exact else (stage,):
+        added = total.added.get(user)
+        if added is None:
+            total.added[user] = [micro_batch]
+            continue
+        if added[-1] >= micro_batch:
+            rule, what = (6, "twice") if micro_batch in added else (3, f"after {added[-1]}")
+            message = f"the gradient of stage {user}, micro-batch {micro_batch} enters {buffer} "
+            state.fail(rule, message + what, rank, buffer)
+        added.append(micro_batch)

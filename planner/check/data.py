@@ -1,107 +1,195 @@
-"""What GATHER, RELEASE, REDUCE, REDUCE_TIED and UPDATE must find, and what they leave."""
+"""What the instructions of a unit, and those over all units, must find, and what they leave.
 
-from planner.check.symbols import State, words
-from planner.check.types import Failure
-from planner.plan.types import Instruction, Opcode, Plan, Unit
+They are GATHER, REDUCE, REDUCE_TIED, CHECK_FINITE, CLIP, UPDATE and SAVE.
+"""
 
-__all__ = ["read_after_release", "run_data", "run_reduce_tied"]
+from collections.abc import Iterable
+
+from planner.check.symbols import NAMED, STATE, UPDATED, Content, Gradient, State, describe
+from planner.plan.types import Instruction, Opcode, Unit
+from planner.schedules import Schedule
+
+__all__ = ["run_of_unit", "run_over_units", "run_reduce_tied"]
 
 
-def run_data(state: State, rank: int, instruction: Instruction) -> None:
-    """Any of them but REDUCE_TIED, on one rank."""
-    unit = state.units[instruction.unit or ""]
+def run_of_unit(state: State, rank: int, instruction: Instruction) -> None:
+    """GATHER, REDUCE, UPDATE or SAVE of a unit, on one rank."""
+    unit = state.expected.units[instruction.unit or ""]
+    state.find_reads(rank, instruction)
     match instruction.opcode:
         case Opcode.GATHER:
             _gather(state, rank, instruction, unit)
-        case Opcode.RELEASE:
-            for buffer in instruction.reads:
-                state.need(rank, instruction, buffer, ("weights", unit.name))
         case Opcode.REDUCE:
-            state.num_reduced[unit.name, rank] += 1
-            _take_sum(state, rank, instruction, unit)
-            for buffer in instruction.writes:
-                state.held[rank][buffer] = ("reduced", unit.name, (rank,))
-        case _:
+            _reduce(state, rank, instruction, unit)
+        case Opcode.UPDATE:
             _update(state, rank, instruction, unit)
+        case _:
+            _save(state, rank, instruction, unit)
+
+
+def run_over_units(state: State, rank: int, instruction: Instruction) -> None:
+    """CHECK_FINITE or CLIP on one rank: they look at every gradient of it, and spend none."""
+    finite = instruction.opcode is Opcode.CHECK_FINITE
+    units = [u for u in state.plan.units if u.trainable and rank in u.ranks]
+    pooled = [unit for unit in units if not _is_reduced(state, unit)]
+    named = [f"reduced:{unit.name}" for unit in units if _is_reduced(state, unit)]
+    made = "finite" if finite else "scale"
+    state.find_reads(rank, instruction)
+    sums = _operands(state, rank, instruction, named, "sum:" if pooled else "", len(pooled), [made])
+    held = [state.held[rank].get(buffer) for buffer in sums]
+    by_unit = {content.unit: content for content in held if isinstance(content, Gradient)}
+    for unit in units:
+        found = by_unit.get(unit.name)
+        if _is_reduced(state, unit):
+            reduced = state.held[rank].get(f"reduced:{unit.name}")
+            found = reduced if isinstance(reduced, Gradient) else None
+        _need_whole(state, rank, instruction, unit, found)
+    state.held[rank][made] = NAMED
 
 
 def run_reduce_tied(state: State) -> None:
     """On all ranks that share the unit at once: each brings its part."""
-    rank, index = state.cells[0]
-    name = state.plan.programs[rank][index].unit or ""
-    ranks = tuple(sorted(rank for rank, _ in state.cells))
+    whole: Gradient | None = None
     for rank, index in state.cells:
         instruction = state.plan.programs[rank][index]
-        state.num_tied[name, rank] += 1
+        unit = state.expected.units[instruction.unit or ""]
+        reduced = f"reduced:{unit.name}"
+        state.find_reads(rank, instruction)
+        if len(unit.ranks) < 2:
+            state.fail(5, f"{unit.name} is on one rank, so there is nothing to add over", rank)
         if state.plan.num_replicas > 1:
-            state.need(rank, instruction, f"reduced:{name}", ("reduced", name, (rank,)))
+            _operands(state, rank, instruction, [reduced], "", 0, [reduced])
+            part = state.held[rank].pop(reduced, None)
         else:
-            _take_sum(state, rank, instruction, state.units[name])
-    for rank, index in state.cells:
-        for buffer in state.plan.programs[rank][index].writes:
-            state.held[rank][buffer] = ("reduced", name, ranks)
-
-
-def read_after_release(plan: Plan) -> Failure | None:
-    """A gather buffer is not read between its RELEASE and the next GATHER into it."""
-    for rank, program in enumerate(plan.programs):
-        released: dict[str, int] = {}
-        for index, instruction in enumerate(program):
-            for buffer in instruction.reads:
-                if buffer in released:
-                    message = f"{buffer} is read after it was released"
-                    return Failure(message=message, cells=((rank, index), (rank, released[buffer])))
-            for buffer in instruction.writes:
-                released.pop(buffer, None)
-            if instruction.opcode is Opcode.RELEASE:
-                released.update((buffer, index) for buffer in instruction.reads)
-    return None
+            pool = _operands(state, rank, instruction, [], "sum:", 1, [reduced])
+            part = _take_sum(state, rank, instruction, unit, pool)
+        if isinstance(part, Gradient):
+            whole = whole or Gradient(unit=unit.name)
+            whole.take(part)
+    if whole is not None:
+        for rank, _ in state.cells:
+            state.held[rank][f"reduced:{whole.unit}"] = whole.copy()
 
 
 def _gather(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
-    state.need(rank, instruction, f"shard:{unit.name}", ("state", unit.name))
-    if len(instruction.writes) != 1:
-        state.fail(5, f"GATHER writes {len(instruction.writes)} buffers instead of one")
-    for buffer in instruction.writes:
-        state.held[rank][buffer] = ("weights", unit.name)
+    shard = f"shard:{unit.name}"
+    pools = [buffer for buffer in instruction.writes if buffer.startswith("weights:")]
+    _operands(state, rank, instruction, [shard], "", 0, pools)
+    if not state.plan.gathers or len(pools) != 1:
+        what = "one pool buffer of weights" if state.plan.gathers else "none: weights stay in place"
+        state.fail(5, f"GATHER of {unit.name} may write {what}, not {instruction.writes}", rank)
+    state.need(rank, shard, STATE)
+    for buffer in pools:
+        if state.plan.gathers and not state.expected.fits(rank, buffer, unit):
+            entry = state.expected.tables[rank].get(buffer)
+            state.fail(5, f"{buffer} cannot hold {unit.name}: it is {entry}", rank, buffer)
+        state.held[rank][buffer] = unit.name
 
 
-def _take_sum(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
-    """The sum read is that of every micro-batch of every local stage of the unit, each once."""
-    sums = [state.sums[rank][name] for name in instruction.reads if name in state.sums[rank]]
-    held = next((found for found in sums if found.unit == unit.name), None)
-    what = f"{instruction.opcode.value} of {unit.name}"
-    if held is None:
-        others = ", ".join(found.unit for found in sums) or "none"
-        state.fail(6, f"{what} finds no gradient of it, but {others}")
+def _reduce(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
+    """The sum is spent; what was reduced before is kept where the instruction reads it."""
+    reduced = f"reduced:{unit.name}"
+    adds = reduced in instruction.reads
+    pool = _operands(state, rank, instruction, [reduced] if adds else [], "sum:", 1, [reduced])
+    if state.plan.num_replicas == 1:
+        state.fail(5, f"REDUCE of {unit.name} has no replicas to reduce over", rank)
+    total = _take_sum(state, rank, instruction, unit, pool)
+    if total is None:
         return
-    stages = [stage for stage in unit.stages if state.plan.stages[stage].rank == rank]
-    for stage in stages:
-        for micro_batch in range(state.plan.num_micro_batches):
-            if (times := held.added[stage, micro_batch]) != 1:
-                what += f" finds the gradient of stage {stage}, micro-batch {micro_batch}"
-                state.fail(6, f"{what} added {times} times instead of once")
-                return
-    if held.consumed:
-        state.fail(6, f"{what} takes a sum that was taken before")
-    held.consumed = True
+    if state.plan.schedule is Schedule.LAYERED:
+        local = [stage for stage in unit.stages if state.plan.stages[stage].rank == rank]
+        fault = total.fault(local, state.plan.num_micro_batches)
+        if fault:
+            state.fail(6, f"REDUCE of {unit.name} finds {fault}", rank, next(iter(pool), ""))
+    before = state.held[rank].get(reduced)
+    if adds and isinstance(before, Gradient):
+        before.take(total)
+    else:
+        state.held[rank][reduced] = total
 
 
 def _update(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
-    state.num_updated[unit.name, rank] += 1
-    shard = f"shard:{unit.name}"
-    state.need(rank, instruction, shard, ("state", unit.name))
-    if state.plan.num_replicas > 1 or len(unit.ranks) > 1:
-        found = state.held[rank].get(f"reduced:{unit.name}", ())
-        if f"reduced:{unit.name}" not in instruction.reads:
-            state.fail(6, f"UPDATE of {unit.name} does not read its reduced gradient")
-        elif found != ("reduced", unit.name, unit.ranks):
-            rule = 10 if len(unit.ranks) > 1 else 6
-            state.fail(rule, f"UPDATE of {unit.name} finds {words(found)}, not the whole gradient")
+    plan, held = state.plan, state.held[rank]
+    own = [f"shard:{unit.name}", f"moments:{unit.name}"]
+    own += [] if plan.gathers else [f"weights:{unit.name}"]
+    verdicts = ["finite"] * plan.options.check_finite
+    verdicts += ["scale"] * (plan.options.clip_norm is not None)
+    reduced = f"reduced:{unit.name}"
+    for buffer, wanted in zip(own, (STATE, STATE, unit.name), strict=False):
+        state.need(rank, buffer, wanted)
+    if _is_reduced(state, unit):
+        _operands(state, rank, instruction, [reduced, *own, *verdicts], "", 0, own)
+        content: Content | None = held.pop(reduced, None)
+        found = content if isinstance(content, Gradient) else None
     else:
-        _take_sum(state, rank, instruction, unit)
-    wanted = {shard} if state.plan.partition else {shard, f"weights:{unit.name}"}
-    if set(instruction.writes) != wanted:
-        state.fail(6, f"UPDATE of {unit.name} writes {instruction.writes}, not {sorted(wanted)}")
-    for buffer in instruction.writes:
-        state.held[rank][buffer] = ("updated", unit.name)
+        pool = _operands(state, rank, instruction, [*own, *verdicts], "sum:", 1, own)
+        found = _take_sum(state, rank, instruction, unit, pool)
+    _need_whole(state, rank, instruction, unit, found)
+    held.update(dict.fromkeys(own, UPDATED))
+
+
+def _save(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
+    own = [f"shard:{unit.name}", f"moments:{unit.name}"]
+    copies = [f"host:{buffer}" for buffer in own]
+    _operands(state, rank, instruction, own, "", 0, copies)
+    for buffer, copy in zip(own, copies, strict=True):
+        state.need(rank, buffer, UPDATED)
+        state.held[rank][copy] = UPDATED
+
+
+def _is_reduced(state: State, unit: Unit) -> bool:
+    """Whether a unit's gradient ends in `reduced:` rather than in its sum."""
+    return state.plan.num_replicas > 1 or len(unit.ranks) > 1
+
+
+def _operands(
+    state: State,
+    rank: int,
+    instruction: Instruction,
+    reads: Iterable[str],
+    pool: str,
+    num_pooled: int,
+    writes: Iterable[str],
+) -> list[str]:
+    """Check that it has these operands and `num_pooled` of a pool besides; those are returned."""
+    found, wanted = list(instruction.reads), set(reads)
+    pooled = [b for b in found if pool and b.startswith(pool) and b not in wanted]
+    rest = [buffer for buffer in found if buffer not in pooled]
+    same = sorted(rest) == sorted(wanted) and len(set(pooled)) == len(pooled) == num_pooled
+    if not same or sorted(instruction.writes) != sorted(writes):
+        what = " ".join((*sorted(wanted), *[f"{pool}*"] * num_pooled)) or "nothing"
+        message = f"{describe(instruction)} must read {what} and write {' '.join(sorted(writes))}, "
+        message += f"but reads {' '.join(instruction.reads) or 'nothing'} and writes "
+        state.fail(5, message + (" ".join(instruction.writes) or "nothing"), rank)
+    return pooled
+
+
+def _take_sum(
+    state: State, rank: int, instruction: Instruction, unit: Unit, pool: list[str]
+) -> Gradient | None:
+    """The sum of the unit, which is then spent."""
+    for buffer in pool:
+        content = state.held[rank].get(buffer)
+        if isinstance(content, Gradient) and content.unit == unit.name:
+            del state.held[rank][buffer]
+            return content
+    held = [state.held[rank].get(buffer) for buffer in pool]
+    others = ", ".join(f"that of {g.unit}" for g in held if isinstance(g, Gradient))
+    message = f"{describe(instruction)} finds no sum of it, but {others or 'none'}"
+    state.fail(6, message, rank, next(iter(pool), ""))
+    return None
+
+
+def _need_whole(
+    state: State, rank: int, instruction: Instruction, unit: Unit, found: Gradient | None
+) -> None:
+    """The gradient is of every stage and micro-batch, each once; over all ranks if it is tied."""
+    if found is None:
+        state.fail(6, f"{describe(instruction)} finds no gradient of {unit.name}", rank)
+        return
+    local = [stage for stage in unit.stages if state.plan.stages[stage].rank == rank]
+    fault = found.fault(local, state.plan.num_micro_batches)
+    if fault:
+        state.fail(6, f"{describe(instruction)} finds {fault}", rank)
+    elif fault := found.fault(unit.stages, state.plan.num_micro_batches):
+        state.fail(10, f"{describe(instruction)} finds {fault}: ranks differ", rank)

@@ -1,115 +1,132 @@
-"""Rules 5 to 8 and 10: what the symbolic run found, and counts over whole programs."""
+"""Rules 5 to 8: what the symbolic run finds, memory, and the traffic of the state."""
 
 from collections import Counter
+from dataclasses import fields
 
-from planner.check.compute import run_compute, run_load
-from planner.check.data import read_after_release, run_data, run_reduce_tied
-from planner.check.symbols import State
-from planner.check.types import Failure
-from planner.plan.dependencies import partial_order
+from planner.check.compute import run_compute
+from planner.check.counts import cells_of, end_of
+from planner.check.data import run_of_unit, run_over_units, run_reduce_tied
+from planner.check.expected import COMPUTE
+from planner.check.moves import run_copy, run_load, run_release, run_transfer
+from planner.check.symbols import UPDATED, State, words
+from planner.check.types import Cell, Failure
+from planner.plan.dependencies import PartialOrder
 from planner.plan.types import Opcode, Plan
-from planner.simulate.memory import peak_memory
+from planner.schedules import Schedule
+from planner.simulate.memory import worst_moments
 
-__all__ = ["memory_fits", "run_on_symbols", "state_traffic"]
+__all__ = ["claims_traffic", "memory_fits", "run_on_symbols", "state_traffic"]
 
 
-def run_on_symbols(plan: Plan) -> dict[int, Failure]:
-    """The first failure of rules 5, 6 and 10, by number.
+def run_on_symbols(plan: Plan, order: PartialOrder, tasks: list[int]) -> dict[int, Failure]:
+    """The first failure of rules 3, 5, 6 and 10 that shows in what buffers hold, by number.
 
-    Conflicting uses of a buffer are ordered by the plan itself, so what an instruction finds does
-    not depend on the interleaving: one run in any permitted order speaks for all of them.
+    Conflicting uses of a buffer are ordered by the plan itself: a reader waits for the last writer,
+    a writer for the last writer and the readers since. So what an instruction finds does not depend
+    on the interleaving, and one run in any permitted order speaks for all of them. (What REDUCE and
+    UPDATE spend, others wait for before or after them: they share a stream, or an operand is
+    written.)
+
+    Args:
+        tasks: those of `order` that can run, in such an order.
     """
-    state = State.at_start(plan)
-    order = partial_order(plan)
-    for task in order.sorted_tasks():
-        state.cells = order.members[task]
-        rank, index = state.cells[0]
-        instruction = plan.programs[rank][index]
-        state.find_reads()
-        match instruction.opcode:
-            case Opcode.LOAD:
-                run_load(state, rank, instruction)
-            case Opcode.FORWARD | Opcode.RECOMPUTE | Opcode.BACKWARD:
-                run_compute(state, rank, instruction)
-            case Opcode.SEND:
-                _deliver(state)
-            case Opcode.RECEIVE:
-                pass  # without a partner: nothing arrives
-            case Opcode.REDUCE_TIED:
-                run_reduce_tied(state)
-            case _:
-                run_data(state, rank, instruction)
-    released = read_after_release(plan)
-    if released:
-        state.failures.setdefault(5, released)
-    _count(state)
+    state = State(plan)
+    programs, unfit = plan.programs, state.expected.unfit
+    for task in tasks:
+        cells = state.cells = order.members[task]
+        rank, index = cells[0]
+        instruction = programs[rank][index]
+        opcode = instruction.opcode
+        if opcode in COMPUTE:
+            run_compute(state, rank, instruction)
+        elif opcode is Opcode.SEND or opcode is Opcode.RECEIVE:
+            run_transfer(state)
+            continue  # what they move is compared with the tables by rule 4
+        elif opcode is Opcode.LOAD:
+            run_load(state, rank, instruction)
+        elif opcode is Opcode.REDUCE_TIED:
+            run_reduce_tied(state)
+        elif opcode in (Opcode.CHECK_FINITE, Opcode.CLIP):
+            for rank, index in cells:
+                run_over_units(state, rank, programs[rank][index])
+        elif opcode in (Opcode.FETCH, Opcode.EVICT):
+            run_copy(state, rank, instruction)
+        elif opcode is Opcode.RELEASE:
+            run_release(state, rank, instruction)
+        else:
+            run_of_unit(state, rank, instruction)
+        for rank, index in cells:
+            if unfit[rank]:
+                state.fit(rank, programs[rank][index])
+    if len(tasks) == len(order.members):
+        _check_host(state)
     return state.failures
 
 
-def _deliver(state: State) -> None:
-    """What SEND reads is what RECEIVE writes."""
-    (rank, index), *receivers = state.cells
-    content = state.held[rank].get(state.plan.programs[rank][index].reads[0])
-    for receiver, position in receivers:
-        for buffer in state.plan.programs[receiver][position].writes:
-            if content is not None:
-                state.held[receiver][buffer] = content
-
-
-def _count(state: State) -> None:
-    """Rules 6 and 10 at the end of the step; parameters that no unit holds."""
-    plan, state.cells = state.plan, ()
+def _check_host(state: State) -> None:
+    """Rule 6 at the end of the step: the host holds the updated state, where the plan says so."""
+    plan = state.plan
+    if plan.schedule is Schedule.FORWARD or not (plan.offload_state or plan.options.save):
+        return
     for unit in plan.units:
-        homes = tuple(sorted({plan.stages[stage].rank for stage in unit.stages}))
-        if homes != unit.ranks:
-            state.fail(10, f"ranks {homes} use {unit.name}, but {unit.ranks} hold it")
-        for rank in unit.ranks:
-            key, once = (unit.name, rank), int(unit.trainable)
-            for rule, what, counts, wanted in (
-                (6, "reduced", state.num_reduced, once * (plan.num_replicas > 1)),
-                (6, "updated", state.num_updated, once),
-                (10, "reduced over pipeline ranks", state.num_tied, once * (len(homes) > 1)),
-            ):
-                if counts[key] != wanted:
-                    message = f"{unit.name} is {what} {counts[key]} times instead of {wanted}"
-                    state.fail(rule, f"{message} on rank {rank}")
-    held = Counter(name for unit in plan.units for name in unit.parameters)
-    for parameter in plan.parameters:
-        if held[parameter.name] > 1 or (parameter.trainable and not held[parameter.name]):
-            state.fail(6, f"parameter {parameter.name} is in {held[parameter.name]} units")
+        for rank in unit.ranks if unit.trainable else ():
+            for buffer in (f"host:shard:{unit.name}", f"host:moments:{unit.name}"):
+                found = state.held[rank].get(buffer)
+                if found != UPDATED:
+                    state.cells = _last_writer(plan, rank, buffer) or end_of(plan, rank)
+                    what = "nothing" if found is None else words(found)
+                    message = f"at the end of the step {buffer} of rank {rank} holds {what}, not "
+                    state.fail(6, message + UPDATED)
+                    return
+
+
+def _last_writer(plan: Plan, rank: int, buffer: str) -> tuple[Cell, ...]:
+    writers = [(rank, i) for i, step in enumerate(plan.programs[rank]) if buffer in step.writes]
+    return tuple(writers[-1:])
 
 
 def state_traffic(plan: Plan) -> Failure | None:
-    """Rule 8: at most one gather per stage and pass, and one reduction, whatever M is."""
+    """Rule 8: at most one gather per stage and pass, and one reduction, whatever M is.
+
+    The layered order and evaluation claim it; other schedules pass micro-batches too early.
+    """
+    if not claims_traffic(plan):
+        return None
+    num_passes = 1 if plan.schedule is Schedule.FORWARD else 2
+    stage_ranks = [stage.rank for stage in plan.stages]
     for rank, program in enumerate(plan.programs):
-        for opcode, per_stage in ((Opcode.GATHER, 2), (Opcode.REDUCE, 1)):
-            counts = Counter(i.unit for i in program if i.opcode is opcode)
-            for unit in plan.units:
-                local = sum(plan.stages[stage].rank == rank for stage in unit.stages)
-                most = per_stage * local if opcode is Opcode.GATHER else 1
-                if counts[unit.name] > most:
-                    cells = [
-                        (rank, index)
-                        for index, i in enumerate(program)
-                        if i.opcode is opcode and i.unit == unit.name
-                    ]
-                    return Failure(
-                        message=f"rank {rank} has {counts[unit.name]} {opcode.value} of "
-                        f"{unit.name}; the layered order needs at most {most}",
-                        cells=tuple(reversed(cells)),
-                    )
+        counts: Counter[tuple[Opcode, str | None]] = Counter(
+            (i.opcode, i.unit) for i in program if i.opcode in (Opcode.GATHER, Opcode.REDUCE)
+        )
+        for unit in plan.units:
+            local = sum(stage_ranks[stage] == rank for stage in unit.stages)
+            for opcode, most in ((Opcode.GATHER, num_passes * local), (Opcode.REDUCE, 1)):
+                number = counts[opcode, unit.name]
+                if number > most:
+                    message = f"rank {rank} has {number} {opcode.value} of {unit.name}, but its "
+                    message += f"stages and passes need at most {most}"
+                    return Failure(message=message, cells=cells_of(plan, rank, opcode, unit.name))
     return None
 
 
-def memory_fits(plan: Plan) -> Failure | None:
+def claims_traffic(plan: Plan) -> bool:
+    """Whether rule 8 is asked of the plan's schedule."""
+    return plan.schedule in (Schedule.LAYERED, Schedule.FORWARD)
+
+
+def memory_fits(plan: Plan, order: PartialOrder) -> Failure | None:
     """Rule 7: the most that any interleaving can hold, on every rank, is within the limit."""
     if plan.prediction is None:
         return None
     limit = plan.prediction.memory_limit_bytes
-    for rank, moment in enumerate(peak_memory(plan)):
-        if moment.total_bytes > limit:
+    for rank, moment in enumerate(worst_moments(plan, order)):
+        excess = moment.memory.total_bytes - limit
+        if excess > 0:
+            classes = {f.name: getattr(moment.memory, f.name) for f in fields(moment.memory)}
+            parts = [f"{number} of {name}" for name, number in classes.items() if number]
             return Failure(
-                message=f"rank {rank} can hold {moment.total_bytes} bytes at once, "
-                f"{moment.total_bytes - limit} more than the limit of {limit}: {moment}"
+                message=f"rank {rank} can hold {moment.memory.total_bytes} bytes at once, {excess} "
+                f"more than the limit of {limit}, when this is issued: {', '.join(parts)}",
+                cells=((rank, moment.index),) if plan.programs[rank] else (),
             )
     return None

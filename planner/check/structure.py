@@ -1,88 +1,138 @@
 """Rules on the compute instructions alone: coverage, the layered order, keyed randomness."""
 
 from collections import Counter
+from collections.abc import Iterator
 
-from planner.check.types import Failure
-from planner.plan.types import Opcode, Plan
+from planner.check.counts import end_of
+from planner.check.expected import BACKWARDS, COMPUTE
+from planner.check.types import Cell, Failure
+from planner.plan.types import Instruction, Opcode, Plan, StagePlan
+from planner.schedules import Schedule
 
 __all__ = ["every_layer_once", "every_pass_once", "keyed_randomness", "layered_order"]
 
-_COMPUTE = (Opcode.FORWARD, Opcode.RECOMPUTE, Opcode.BACKWARD)
+_HALVES = (Opcode.BACKWARD_INPUT, Opcode.BACKWARD_WEIGHT)
+Pass = tuple[int | None, int | None]
+"""(stage, micro-batch)."""
 
 
 def every_layer_once(plan: Plan) -> Failure | None:
     """Rule 1: every layer in exactly one stage, in order; every stage on its own rank only."""
     layers = [layer for stage in plan.stages for layer in stage.layers]
     if layers != list(plan.layer_names):
-        counts = Counter(layers)
-        for layer in plan.layer_names:
-            if counts[layer] != 1:
-                return Failure(message=f"layer {layer} is in {counts[layer]} stages instead of one")
-        return Failure(message=f"the stages hold layers {layers[:8]}..., not in the model's order")
+        return Failure(message=f"{_layer_fault(plan, layers)}: look at the plan's stages")
+    made = [name for stage in plan.stages for name in stage.outputs]
+    if len(set(made)) < len(made):
+        twice, _ = Counter(made).most_common(1)[0]
+        return Failure(message=f"two stages make {twice}: look at the plan's stages")
+    stage_ranks = [stage.rank for stage in plan.stages]
     for rank, program in enumerate(plan.programs):
         for index, instruction in enumerate(program):
-            if instruction.opcode in _COMPUTE and instruction.stage is not None:
-                home = plan.stages[instruction.stage].rank
-                if home != rank:
-                    message = f"stage {instruction.stage} is on rank {home} but runs on rank {rank}"
-                    return Failure(message=message, cells=((rank, index),))
+            if instruction.opcode in COMPUTE and stage_ranks[instruction.stage or 0] != rank:
+                home = stage_ranks[instruction.stage or 0]
+                message = f"stage {instruction.stage} is on rank {home} but runs on rank {rank}"
+                return Failure(message=message, cells=((rank, index),))
     return None
+
+
+def _layer_fault(plan: Plan, layers: list[str]) -> str:
+    counts = Counter(layers)
+    for layer in plan.layer_names:
+        if counts[layer] != 1:
+            return f"layer {layer} is in {counts[layer]} stages instead of one"
+    return f"the stages hold layers {', '.join(layers[:8])} ..., not those of the model in order"
 
 
 def every_pass_once(plan: Plan) -> Failure | None:
     """Rule 2: each stage runs each micro-batch forward once and backward once.
 
-    A stage that recomputes runs it once more, others never.
+    Backward runs whole or in two halves, that for inputs first. A stage that recomputes runs
+    forward once more, others never. A plan of evaluation has no backward.
     """
-    found: dict[tuple[Opcode, int | None, int | None], list[tuple[int, int]]] = {}
+    counts: dict[Opcode, dict[Pass, int]] = {opcode: {} for opcode in COMPUTE}
+    first_half: set[Pass] = set()
     for rank, program in enumerate(plan.programs):
         for index, instruction in enumerate(program):
-            if instruction.opcode in _COMPUTE:
-                key = (instruction.opcode, instruction.stage, instruction.micro_batch)
-                found.setdefault(key, []).append((rank, index))
+            opcode = instruction.opcode
+            if opcode in COMPUTE:
+                key, found = (instruction.stage, instruction.micro_batch), counts[opcode]
+                found[key] = found.get(key, 0) + 1
+                if opcode is Opcode.BACKWARD_INPUT:
+                    first_half.add(key)
+                elif opcode is Opcode.BACKWARD_WEIGHT and key not in first_half:
+                    message = f"stage {key[0]}, micro-batch {key[1]}: BACKWARD_WEIGHT stands before"
+                    message += " its BACKWARD_INPUT"
+                    return Failure(message=message, cells=((rank, index),))
     for stage in plan.stages:
         for micro_batch in range(plan.num_micro_batches):
-            for opcode in _COMPUTE:
-                wanted = 1 if opcode is not Opcode.RECOMPUTE or stage.recompute else 0
-                cells = found.get((opcode, stage.index, micro_batch), [])
-                if len(cells) != wanted:
+            key = (stage.index, micro_batch)
+            halved = any(key in counts[opcode] for opcode in _HALVES)
+            for opcode, wanted in _wanted(plan, stage, halved):
+                number = counts[opcode].get(key, 0)
+                if number != wanted:
+                    cells = _cells_of_pass(plan, key, opcode)
                     return Failure(
-                        message=f"{opcode.value} of stage {stage.index}, micro-batch "
-                        f"{micro_batch} stands {len(cells)} times instead of {wanted}",
-                        cells=tuple(reversed(cells)) or _end_of(plan, stage.rank),
+                        message=f"{opcode.value} of stage {stage.index}, micro-batch {micro_batch} "
+                        f"stands {number} times instead of {wanted}",
+                        cells=cells or end_of(plan, stage.rank),
                     )
     return None
 
 
-def layered_order(plan: Plan) -> Failure | None:
-    """Rule 3: the layered order on every rank.
+def _wanted(plan: Plan, stage: StagePlan, halved: bool) -> Iterator[tuple[Opcode, int]]:
+    """How often each compute instruction of one stage and micro-batch stands in the programs."""
+    trains = plan.schedule is not Schedule.FORWARD
+    yield Opcode.FORWARD, 1
+    yield Opcode.RECOMPUTE, int(stage.recompute and trains)
+    yield Opcode.BACKWARD, int(trains and not halved)
+    for opcode in _HALVES:
+        yield opcode, int(trains and halved)
 
-    Forward: stages ascending, micro-batches ascending within a stage. Backward: stages
-    descending, micro-batches ascending, so that a rank ends the backward pass of all
-    micro-batches through a stage before it begins any preceding one. RECOMPUTE stands right
-    before its BACKWARD.
+
+def _cells_of_pass(plan: Plan, key: Pass, opcode: Opcode) -> tuple[Cell, ...]:
+    found = [
+        (rank, index)
+        for rank, program in enumerate(plan.programs)
+        for index, step in enumerate(program)
+        if step.opcode is opcode and (step.stage, step.micro_batch) == key
+    ]
+    return tuple(reversed(found))
+
+
+def layered_order(plan: Plan) -> Failure | None:
+    """Rule 3: the layered order on every rank, of plans that claim it.
+
+    Forward: stage by stage, ascending, all micro-batches of one before the next. Then backward:
+    stage by stage, descending, micro-batches ascending, so that a rank ends the backward pass of
+    all micro-batches through a stage before it begins any preceding one. Compute is one stream, so
+    program order is the order of every interleaving. RECOMPUTE may stand wherever its data allow.
     """
+    if plan.schedule is not Schedule.LAYERED:
+        return None
     for rank, program in enumerate(plan.programs):
-        stages = [stage for stage in plan.stages if stage.rank == rank]
-        micro_batches = range(plan.num_micro_batches)
-        wanted = [(Opcode.FORWARD, stage.index, m) for stage in stages for m in micro_batches]
-        for stage in reversed(stages):
-            for micro_batch in micro_batches:
-                if stage.recompute:
-                    wanted.append((Opcode.RECOMPUTE, stage.index, micro_batch))
-                wanted.append((Opcode.BACKWARD, stage.index, micro_batch))
-        compute = [(i, step) for i, step in enumerate(program) if step.opcode in _COMPUTE]
-        for position, (index, step) in enumerate(compute):
-            expected = wanted[position] if position < len(wanted) else None
-            if step.stream != "compute" or (step.opcode, step.stage, step.micro_batch) != expected:
-                what = "nothing" if expected is None else f"{expected[0]} {expected[1:]}"
-                message = f"the layered order has {what} (stage, micro-batch) here"
-                return Failure(message=message, cells=((rank, index),))
-        if len(compute) < len(wanted):
-            opcode, missing, micro_batch = wanted[len(compute)]
-            message = f"the program ends before {opcode} of stage {missing}, {micro_batch}"
-            return Failure(message=message, cells=_end_of(plan, rank))
+        before: tuple[int, Instruction] | None = None
+        for index, step in enumerate(program):
+            if step.opcode is Opcode.FORWARD or step.opcode in BACKWARDS:
+                if before and _place(before[1]) > _place(step):
+                    return Failure(
+                        message=f"{_name(step)} stands behind {_name(before[1])}: the layered order"
+                        " is forward by stage, then backward by stage, the last first, each with "
+                        "micro-batches ascending",
+                        cells=((rank, index), (rank, before[0])),
+                    )
+                before = (index, step)
     return None
+
+
+def _place(step: Instruction) -> tuple[int, int, int]:
+    """Where a step stands in the layered order; equal for all micro-batches of a FORWARD."""
+    if step.opcode is Opcode.FORWARD:
+        return 0, step.stage or 0, 0
+    return 1, -(step.stage or 0), step.micro_batch or 0
+
+
+def _name(step: Instruction) -> str:
+    return f"{step.opcode.value} of stage {step.stage}, micro-batch {step.micro_batch},"
 
 
 def keyed_randomness(plan: Plan) -> Failure | None:
@@ -98,15 +148,13 @@ def keyed_randomness(plan: Plan) -> Failure | None:
         for statement in stage.code
         if statement.num_random_operators
     )
-    expected = 0
+    expected, where = 0, "look at the code of the plan's stages"
     for first, num, stage_index in (*drawn, (plan.num_random_operators, 0, plan.num_stages)):
         if first < expected:
-            return Failure(message=f"key {first} of stage {stage_index} is drawn twice or unknown")
+            message = f"key {first} of stage {stage_index} is drawn twice or unknown"
+            return Failure(message=f"{message}: {where}")
         if first > expected:
-            return Failure(message=f"no stage draws key {expected}: a random operator is lost")
+            message = f"no stage draws key {expected}: a random operator is lost"
+            return Failure(message=f"{message}; {where}")
         expected = first + num
     return None
-
-
-def _end_of(plan: Plan, rank: int) -> tuple[tuple[int, int], ...]:
-    return ((rank, len(plan.programs[rank]) - 1),) if plan.programs[rank] else ()

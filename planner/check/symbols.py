@@ -1,99 +1,138 @@
 """What buffers hold when a plan runs on symbols instead of numbers, and what was found wrong.
 
-A symbol is a tuple: ("named", buffer) for what its name says; ("weights", unit); ("state", unit)
-and ("updated", unit) for a shard before and after its update; ("gradient", tensor, micro-batch,
-stages that have added to it); ("part", unit, micro-batch, stages); ("reduced", unit, ranks).
+A buffer that is named for its content (tensors, batch keys, saved) holds NAMED or nothing. A
+gradient or part holds the number of the stage that added to it last, which says that all later
+ones have, because each stage finds what the next one left. Weights hold their unit's name, state
+STATE or UPDATED, sums and reduced gradients a Gradient. Host copies hold what was copied.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from planner.check.expected import Expected
 from planner.check.types import Cell, Failure
-from planner.plan.types import Instruction, Plan, Unit
+from planner.plan.names import buffer_key
+from planner.plan.types import Instruction, Plan
 
-__all__ = ["Content", "State", "Sum", "words"]
+__all__ = ["NAMED", "STATE", "UPDATED", "Content", "Gradient", "State", "describe", "words"]
 
-Content = tuple[object, ...]
+NAMED = True
+STATE = "the state before its update"
+UPDATED = "the updated state"
 
 
 @dataclass(slots=True, kw_only=True)
-class Sum:
-    """What an accumulation buffer holds."""
+class Gradient:
+    """What a sum or reduced buffer holds."""
 
     unit: str
-    added: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(stage, micro-batch) whose gradient was added -> how often."""
-    consumed: bool = False
-    """Whether a reduction or an update has taken it."""
+    added: dict[int, list[int]] = field(default_factory=dict)
+    """Stage -> micro-batches whose gradients were added, in that order."""
+
+    def copy(self) -> "Gradient":
+        return Gradient(unit=self.unit, added={s: list(found) for s, found in self.added.items()})
+
+    def take(self, other: "Gradient") -> None:
+        """Add all of another."""
+        for stage, found in other.added.items():
+            self.added.setdefault(stage, []).extend(found)
+
+    def fault(self, stages: Iterable[int], num_micro_batches: int) -> str:
+        """The first (stage, micro-batch) that was not added exactly once."""
+        for stage in stages:
+            found = self.added.get(stage, [])
+            if len(found) == num_micro_batches == len(set(found)):
+                continue
+            times = Counter(found)
+            micro_batch = next(m for m in range(num_micro_batches) if times[m] != 1)
+            return (
+                f"the gradient of stage {stage}, micro-batch {micro_batch} added "
+                f"{times[micro_batch]} times instead of once"
+            )
+        return ""
 
 
-@dataclass(slots=True, kw_only=True)
+Content = bool | int | str | Gradient
+
+
 class State:
     """All buffers of all pipeline ranks, and what has happened so far."""
 
-    plan: Plan
-    held: list[dict[str, Content]]
-    sums: list[dict[str, Sum]]
-    units: dict[str, Unit]
-    readers: dict[str, tuple[int, ...]]
-    """Boundary tensor -> stages that read it, ascending."""
-    cells: tuple[Cell, ...] = ()
-    """Of the task that runs."""
-    num_reduced: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(unit, rank) -> how often; likewise below."""
-    num_tied: Counter[tuple[str, int]] = field(default_factory=Counter)
-    num_updated: Counter[tuple[str, int]] = field(default_factory=Counter)
-    failures: dict[int, Failure] = field(default_factory=dict)
-    """The first failure of each rule."""
-
-    @classmethod
-    def at_start(cls, plan: Plan) -> "State":
-        """Every rank holds the state of its units, and nothing else."""
-        readers: dict[str, list[int]] = {tensor.name: [] for tensor in plan.tensors}
-        for stage in plan.stages:
-            for name in stage.inputs:
-                readers[name].append(stage.index)
-        held: list[dict[str, Content]] = [{} for _ in plan.programs]
+    def __init__(self, plan: Plan) -> None:
+        """Every rank holds the state of its units, on the device or on the host, and no more."""
+        self.plan = plan
+        self.expected = Expected(plan)
+        self.cells: tuple[Cell, ...] = ()
+        """Of the task that runs."""
+        self.failures: dict[int, Failure] = {}
+        """The first failure of each rule."""
+        self.held: list[dict[str, Content]] = [{} for _ in plan.programs]
+        place = "host:" if plan.offload_state else ""
         for unit in plan.units:
             for rank in unit.ranks:
-                held[rank][f"shard:{unit.name}"] = ("state", unit.name)
-                if not plan.partition:
-                    held[rank][f"weights:{unit.name}"] = ("weights", unit.name)
-        return cls(
-            plan=plan,
-            held=held,
-            sums=[{} for _ in plan.programs],
-            units={unit.name: unit for unit in plan.units},
-            readers={name: tuple(stages) for name, stages in readers.items()},
-        )
+                self.held[rank][f"{place}shard:{unit.name}"] = STATE
+                self.held[rank][f"{place}moments:{unit.name}"] = STATE
+                if not plan.gathers:
+                    self.held[rank][f"weights:{unit.name}"] = unit.name
 
-    def fail(self, rule: int, message: str) -> None:
-        """Note that the running task breaks a rule."""
-        self.failures.setdefault(rule, Failure(message=message, cells=self.cells))
+    def fail(self, rule: int, message: str, rank: int | None = None, buffer: str = "") -> None:
+        """Note that the running task breaks a rule: on one rank, for what a buffer holds."""
+        if rule in self.failures:
+            return
+        cells = tuple(sorted(self.cells, key=lambda cell: cell[0] != rank))
+        if cells and buffer:
+            cells += tuple(c for c in self._uses(cells[0], buffer) if c not in cells)
+        self.failures[rule] = Failure(message=message, cells=cells)
 
-    def need(self, rank: int, instruction: Instruction, buffer: str, content: Content) -> None:
-        """The instruction reads `buffer` and finds `content` in it."""
-        found = self.held[rank].get(buffer)
-        if buffer not in instruction.reads:
-            self.fail(5, f"{instruction.opcode.value} does not read {buffer}, which it needs")
-        elif found is not None and found != content:
-            self.fail(5, f"{buffer} holds {words(found)} where {words(content)} is needed")
+    def fit(self, rank: int, instruction: Instruction) -> None:
+        """The entries of the buffers that the instruction names can hold what belongs there."""
+        unfit = self.expected.unfit[rank]
+        for buffer in (*instruction.reads, *instruction.writes):
+            if buffer_key(buffer) in unfit:
+                self.fail(5, unfit[buffer_key(buffer)], rank)
 
-    def find_reads(self) -> None:
-        """Whatever the running task reads has been written."""
-        for rank, index in self.cells:
-            for buffer in self.plan.programs[rank][index].reads:
-                if buffer not in self.held[rank] and buffer not in self.sums[rank]:
-                    self.fail(5, f"rank {rank} reads {buffer} before anything has written it")
+    def need(self, rank: int, buffer: str, content: Content) -> None:
+        """The running task finds `content` in a buffer that it reads."""
+        found = self.held[rank].get(buffer, content)
+        if found is not content and found != content:
+            message = f"{buffer} holds {words(found)} where {words(content)} is needed"
+            self.fail(5, message, rank, buffer)
+
+    def find_reads(self, rank: int, instruction: Instruction) -> None:
+        """Whatever the running task reads holds something."""
+        held = self.held[rank]
+        for buffer in instruction.reads:
+            if buffer not in held:
+                message = f"rank {rank} reads {buffer}, which holds nothing then: not written yet, "
+                self.fail(5, message + "or spent or released before", rank, buffer)
+
+    def _uses(self, cell: Cell, buffer: str) -> list[Cell]:
+        """The nearest instructions of the rank that name a buffer, before and after one of them."""
+        rank, position = cell
+        program = self.plan.programs[rank]
+        uses = [i for i, step in enumerate(program) if buffer in (*step.reads, *step.writes)]
+        before = [(rank, index) for index in uses if index < position]
+        after = [(rank, index) for index in uses if index > position]
+        return before[-1:] + after[:1]
 
 
 def words(content: Content) -> str:
     """A content, for messages."""
+    if content is NAMED:
+        return "what it is named for"
     match content:
-        case ("named", buffer):
-            return str(buffer)
-        case ("gradient", tensor, micro_batch, stages):
-            return f"the gradient of {tensor}.{micro_batch} from stages {stages}"
-        case (kind, *rest):
-            return " ".join(map(str, (kind, *rest)))
-    return "nothing"
+        case Gradient():
+            return f"a gradient of {content.unit}"
+        case int():
+            return f"what stage {content} and later ones added"
+    return content if content in (STATE, UPDATED) else f"the weights of {content}"
+
+
+def describe(instruction: Instruction) -> str:
+    """`BACKWARD of stage 3, micro-batch 1`, for messages."""
+    found = [f"unit {instruction.unit}"] if instruction.unit is not None else []
+    found += [f"stage {instruction.stage}"] if instruction.stage is not None else []
+    if instruction.micro_batch is not None:
+        found.append(f"micro-batch {instruction.micro_batch}")
+    return f"{instruction.opcode.value} of {', '.join(found)}" if found else instruction.opcode

@@ -2,78 +2,119 @@
 
 import networkx
 
+from planner.check.expected import Expected
+from planner.check.table import instruction_label
 from planner.check.types import Failure
-from planner.plan.dependencies import PartialOrder, partial_order
+from planner.plan.dependencies import PartialOrder
+from planner.plan.names import buffer_key
 from planner.plan.types import Opcode, Plan
 
 __all__ = ["transfers_match"]
 
+_MAX_NAMES = 24
+_MAX_SEARCHES = 32
+"""Instructions of a circle from which a shorter one is sought."""
 
-def transfers_match(plan: Plan) -> Failure | None:
+
+def transfers_match(plan: Plan, order: PartialOrder, tasks: list[int]) -> Failure | None:
     """Rule 4: the k-th SEND between two ranks meets the k-th RECEIVE of the same tensor.
 
     No deadlock even if every send blocks until its receive (rendezvous): the graph of all
     instructions, a transfer or collective being one node, has no cycle. Its edges are the plan's
-    own order, and the order of issue by one thread that waits for compute and nothing else.
+    own order, and the order of issue by one thread that waits for compute and nothing else. So it
+    is enough that all of them can be put in one order.
+
+    Args:
+        tasks: those of `order` that can run, in such an order.
     """
-    failure = _badly_formed(plan)
-    if failure:
-        return failure
-    order = partial_order(plan, issue_order=True)
     if order.mismatches:
         first = order.mismatches[0]
-        return Failure(message=first.message, cells=_cells_of(order, first.rank, first.index))
-    done = set(order.sorted_tasks())
-    stuck = [task for task in range(len(order.members)) if task not in done]
-    if not stuck:
-        return None
-    graph: networkx.DiGraph[int] = networkx.DiGraph()
-    graph.add_edges_from((earlier, task) for task in stuck for earlier in order.predecessors[task])
-    cycle = [task for task, _ in networkx.find_cycle(graph)]
-    cells = tuple(cell for task in cycle for cell in order.members[task])
+        cell = (first.rank, first.index)
+        others = [c for c in order.members[order.task_of[first.rank][first.index]] if c != cell]
+        return Failure(message=first.message, cells=(cell, *others))
+    failure = _unlike_ends(plan, order)
+    if failure or len(tasks) == len(order.members):
+        return failure
+    circle = _circle(order, tasks)
+    cells = tuple(cell for task in circle for cell in order.members[task])
+    names = [_name(plan, order, task) for task in circle]
+    if len(names) > _MAX_NAMES:
+        names[_MAX_NAMES // 2 : -_MAX_NAMES // 2] = [f"... {len(names) - _MAX_NAMES} more ..."]
     return Failure(
-        message=f"deadlock: {len(cycle)} instructions wait for each other in a circle: "
-        + " -> ".join(_name(plan, order, task) for task in (*cycle[:8], cycle[0])),
+        message=f"deadlock: {len(circle)} instructions wait for each other in a circle; each "
+        "waits for the one before it:\n  " + "\n  -> ".join((*names, names[0])),
         cells=cells,
     )
 
 
-def _badly_formed(plan: Plan) -> Failure | None:
-    """A transfer outside the stream of its peer and direction could overtake another's."""
-    units = {unit.name: unit for unit in plan.units}
-    for rank, program in enumerate(plan.programs):
-        for index, instruction in enumerate(program):
-            match instruction.opcode:
-                case Opcode.SEND:
-                    wanted = f"to.{instruction.peer}"
-                case Opcode.RECEIVE:
-                    wanted = f"from.{instruction.peer}"
-                case Opcode.GATHER | Opcode.REDUCE | Opcode.REDUCE_TIED:
-                    wanted = "data"
-                    if rank not in units[instruction.unit or ""].ranks:
-                        message = f"rank {rank} does not hold unit {instruction.unit}"
-                        return Failure(message=message, cells=((rank, index),))
-                case _:
-                    continue
-            buffers = (*instruction.reads, *instruction.writes)
-            micro_batch = instruction.micro_batch
-            if micro_batch is not None and not buffers[0].endswith(f".{micro_batch}"):
-                message = f"this {instruction.opcode.value} of micro-batch {micro_batch} moves "
-                return Failure(message=message + buffers[0], cells=((rank, index),))
-            if instruction.stream != wanted:
-                message = f"this {instruction.opcode.value} is on stream {instruction.stream}, "
-                message += f"where its partner's order is kept on {wanted}"
-                return Failure(message=message, cells=((rank, index),))
+def _unlike_ends(plan: Plan, order: PartialOrder) -> Failure | None:
+    """A transfer whose buffers differ in type or shape, or that is not the tensor it should be."""
+    expected = Expected(plan)
+    known: dict[tuple[str, int, int], str] = {}
+    for cells in order.members:
+        if len(cells) < 2:
+            continue
+        (rank, index), (receiver, position) = cells[:2]
+        send = plan.programs[rank][index]
+        if send.opcode is not Opcode.SEND:
+            continue
+        buffer = send.reads[0]
+        key = buffer_key(buffer)
+        fault = known.get((key, rank, receiver))
+        if fault is None:
+            fault = known[key, rank, receiver] = _entry_fault(expected, key, (rank, receiver))
+        tensor = key.removeprefix("gradient:")
+        for cell, step in ((cells[0], send), (cells[1], plan.programs[receiver][position])):
+            if not fault and buffer != f"{key}.{step.micro_batch}":
+                fault = f"this {step.opcode.value} is of micro-batch {step.micro_batch}, but moves "
+                fault += buffer
+            if not fault and step.stage not in (
+                *expected.makers[tensor],
+                *expected.readers[tensor],
+            ):
+                fault = f"stage {step.stage} neither makes nor reads {tensor}"
+            if not fault and plan.stages[step.stage or 0].rank != receiver:
+                fault = f"stage {step.stage} is not on rank {receiver}, which receives for it"
+            if fault:
+                return Failure(message=fault, cells=(cell, *(c for c in cells if c != cell)))
     return None
 
 
-def _cells_of(order: PartialOrder, rank: int, index: int) -> tuple[tuple[int, int], ...]:
-    others = [cell for cell in order.members[order.task_of[rank][index]] if cell != (rank, index)]
-    return ((rank, index), *others)
+def _entry_fault(expected: Expected, key: str, ranks: tuple[int, int]) -> str:
+    """How the tables of two ranks differ from the tensor that they exchange."""
+    if key.removeprefix("gradient:") not in expected.tensors:
+        return f"{key} is no tensor between stages"
+    faults = [
+        f"on rank {rank} {expected.unfit[rank][key]}"
+        for rank in ranks
+        if key in expected.unfit[rank]
+    ]
+    return "; ".join(faults)
+
+
+def _circle(order: PartialOrder, tasks: list[int]) -> list[int]:
+    """A short cycle among the tasks that cannot run, each waiting for the one before it."""
+    done = bytearray(len(order.members))
+    for task in tasks:
+        done[task] = 1
+    graph: networkx.DiGraph[int] = networkx.DiGraph()
+    for task, earlier in enumerate(order.predecessors):
+        if not done[task]:
+            graph.add_edges_from((other, task) for other in earlier if not done[other])
+    circle = [task for task, _ in networkx.find_cycle(graph)]
+    for task in circle[:_MAX_SEARCHES]:
+        for follower in graph.successors(task):
+            try:
+                shorter = networkx.shortest_path(graph, follower, task)
+            except networkx.NetworkXNoPath:
+                continue
+            if len(shorter) < len(circle):
+                circle = shorter
+    return circle
 
 
 def _name(plan: Plan, order: PartialOrder, task: int) -> str:
+    ranks = sorted({rank for rank, _ in order.members[task]})
     rank, index = order.members[task][0]
-    instruction = plan.programs[rank][index]
-    what = instruction.unit or f"{instruction.stage}.{instruction.micro_batch}"
-    return f"{instruction.opcode.value} {what} on rank {rank}"
+    where = f"rank {rank}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return f"{instruction_label(plan.programs[rank][index])} on {where}"

@@ -9,6 +9,7 @@ from planner.cluster.resolve import DEFAULT_CLUSTER, resolve_cluster
 from planner.console import (
     DEVICES,
     HELP,
+    NORM,
     SAMPLES,
     SECONDS,
     SEED,
@@ -68,6 +69,18 @@ __all__ = ["main"]
     "activations.",
 )
 @click.option(
+    "--clip-norm",
+    type=NORM,
+    help="Scale the gradient down to this norm over the whole model. All updates then stand at the "
+    "end of the step.",
+)
+@click.option(
+    "--check-finite",
+    is_flag=True,
+    help="Update nothing in a step with a gradient that is not finite. All updates then stand at "
+    "the end of the step.",
+)
+@click.option(
     "--memory-limit",
     metavar="SIZE",
     help="Memory to use per device, such as 40GB or 512MiB  [default: the device's memory, less "
@@ -105,6 +118,8 @@ def main(
     stages_per_rank: int | None,
     partition: str | None,
     recompute: bool | None,
+    clip_norm: float | None,
+    check_finite: bool,
     memory_limit: str | None,
     time_limit: float,
     seed: int,
@@ -138,6 +153,8 @@ def main(
         global_batch_size=batch_size,
         constraints=constraints,
         memory_limit_bytes=limit,
+        clip_norm=clip_norm,
+        check_finite=check_finite,
         time_limit_seconds=time_limit,
         seed=seed,
     )

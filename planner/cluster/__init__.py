@@ -2,10 +2,12 @@
 
 from planner.cluster.measure import measure_cpu
 from planner.cluster.resolve import known_clusters, resolve_cluster
-from planner.cluster.types import Cluster, Device, Host, Link
+from planner.cluster.types import Allocator, Cluster, CollectiveAlgorithm, Device, Host, Link
 
 __all__ = [
+    "Allocator",
     "Cluster",
+    "CollectiveAlgorithm",
     "Device",
     "Host",
     "Link",

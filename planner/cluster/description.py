@@ -5,9 +5,11 @@
       - {device: a100-80, count: 8, link: nvlink3}
       - {device: a100-80, count: 8}
     network: {name: shared-25, bandwidth: 0.39e9, latency_seconds: 30e-6}
+    collectives: auto
 
 Names refer to packaged devices and links; anything may be described inline instead. Bandwidths
-are those of one device and one direction: where devices share an adapter, give each one's part.
+are those of one device and one direction. Where devices share adapters, give each one's part, or
+the whole as the network's bandwidth and a host's `adapter_bandwidth`, which its devices share.
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ from planner.cluster.files import read_text, validate
 from planner.cluster.library import device_profile, link_spec, usual_network
 from planner.cluster.measure import measure_cpu
 from planner.cluster.schema import ClusterFile, HostSpec, LinkSpec
-from planner.cluster.types import Cluster, Host, Link
+from planner.cluster.types import Cluster, Device, Host, Link
 from planner.errors import ClusterError
 
 __all__ = ["read_cluster"]
@@ -49,6 +51,7 @@ def read_cluster(path: Path, num_devices: int) -> Cluster:
         network=_network(spec, file),
         backend=spec.backend or ("gloo" if uses_cpu else "nccl"),
         provenance=f"read from {file}",
+        collectives=spec.collectives,
     )
 
 
@@ -57,19 +60,29 @@ def _host(spec: HostSpec, num_devices: int, where: str) -> Host:
         # All of the host's processes share its cores, those beyond num_devices stay idle.
         host = measure_cpu(num_devices).hosts[0]
         link = host.link if spec.link is None else _link(spec.link)
-        return Host(device=host.device, num_devices=num_devices, link=link)
+        return _made(spec, host.device, num_devices, link)
     if isinstance(spec.device, str):
         profile = device_profile(spec.device)
         device = profile.device.to_device(f"profile {spec.device}")
         link = _link(profile.host.link if spec.link is None else spec.link)
-        return Host(device=device, num_devices=num_devices, link=link)
+        return _made(spec, device, num_devices, link)
     if spec.link is None:
         raise ClusterError(
             f"{where}.link is missing: the inline device {spec.device.name!r} has no usual link",
             hint="name one, such as nvlink3, pcie4 or loopback, or describe it",
         )
     device = spec.device.to_device(where.partition(":")[0])
-    return Host(device=device, num_devices=num_devices, link=_link(spec.link))
+    return _made(spec, device, num_devices, _link(spec.link))
+
+
+def _made(spec: HostSpec, device: Device, num_devices: int, link: Link) -> Host:
+    adapters = spec.adapter_bandwidth
+    return Host(
+        device=device,
+        num_devices=num_devices,
+        link=link,
+        adapter_bandwidth=None if adapters is None else adapters.value,
+    )
 
 
 def _network(spec: ClusterFile, file: str) -> Link:

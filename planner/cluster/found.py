@@ -7,7 +7,7 @@ GPUs that match no packaged device count as PCIe 4.
 from typing import Protocol
 
 from planner.cluster.library import device_names, device_profile, link_spec, usual_network
-from planner.cluster.types import Cluster, Device, Host
+from planner.cluster.types import Allocator, Cluster, Device, Host
 
 __all__ = ["GpuProperties", "device_from_properties", "found_cluster", "num_gpus_found"]
 
@@ -109,4 +109,5 @@ def device_from_properties(properties: GpuProperties) -> Device:
             "no packaged profile: peak flop/s and bandwidth computed from the clocks that torch "
             "reports; overhead, efficiencies and reserved memory assumed"
         ),
+        allocator=Allocator(),
     )

@@ -4,13 +4,14 @@ Knows keys, types and ranges, and how a described device or link becomes the typ
 reads. Does not know where a description comes from, nor what a name refers to.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from planner.cluster.types import Device, Link
+from planner.cluster.types import Allocator, CollectiveAlgorithm, Device, Link
 
 __all__ = [
+    "AllocatorSpec",
     "Bytes",
     "ClusterFile",
     "Count",
@@ -74,6 +75,33 @@ _OVERHEAD = Seconds(value=5e-6, source="assumption: 200 000 operators a second i
 _COMPUTE = Fraction(value=0.8, source="assumption: 0.8 of the peak in large products")
 _MEMORY = Fraction(value=0.87, source="assumption: 0.87 of the memory bandwidth")
 _WHOLE = Fraction(value=1.0, source="taken at its word")
+_ISSUE = Seconds(value=0.0, source="assumption: small beside the instructions themselves")
+
+
+class AllocatorSpec(_Strict):
+    """A caching allocator. See `planner.cluster.types.Allocator` for the meaning of the sizes."""
+
+    rounding_bytes: Count
+    small_limit_bytes: Count
+    small_segment_bytes: Count
+    large_limit_bytes: Count
+    large_segment_bytes: Count
+    segment_rounding_bytes: Count
+
+    def to_allocator(self) -> Allocator:
+        sizes = {name: getattr(self, name).value for name in type(self).model_fields}
+        return Allocator(**sizes)
+
+
+def _kind(value: Any) -> str:
+    return "name" if isinstance(value, str) else "inline"
+
+
+NamedOrAllocator = Annotated[
+    Annotated[Literal["torch-cuda"], Tag("name")] | Annotated[AllocatorSpec, Tag("inline")],
+    Discriminator(_kind),
+]
+"""`torch-cuda`: the sizes of torch 2.13's c10/core/AllocatorConfig.h."""
 
 
 class DeviceSpec(_Strict):
@@ -87,6 +115,9 @@ class DeviceSpec(_Strict):
     kernel_overhead_seconds: Seconds = _OVERHEAD
     compute_efficiency: Fraction = _COMPUTE
     memory_efficiency: Fraction = _MEMORY
+    instruction_overhead_seconds: Seconds = _ISSUE
+    host_bandwidth: Figure | None = None
+    allocator: NamedOrAllocator | None = None
 
     def to_device(self, where: str) -> Device:
         """The device; `where` is the source of figures that name none."""
@@ -98,7 +129,11 @@ class DeviceSpec(_Strict):
             "compute efficiency": self.compute_efficiency,
             "memory efficiency": self.memory_efficiency,
             "reserved": self.reserved_bytes,
+            "issue": self.instruction_overhead_seconds,
         }
+        if self.host_bandwidth is not None:
+            figures["host bandwidth"] = self.host_bandwidth
+        allocator = self.allocator
         by_source: dict[str, list[str]] = {}
         for key, figure in figures.items():
             by_source.setdefault(figure.source or where, []).append(key)
@@ -113,7 +148,14 @@ class DeviceSpec(_Strict):
             memory_efficiency=self.memory_efficiency.value,
             reserved_bytes=int(self.reserved_bytes.value),
             provenance="; ".join(sources),
+            instruction_overhead_seconds=self.instruction_overhead_seconds.value,
+            host_bandwidth=None if self.host_bandwidth is None else self.host_bandwidth.value,
+            allocator=Allocator() if isinstance(allocator, str) else _allocator(allocator),
         )
+
+
+def _allocator(spec: AllocatorSpec | None) -> Allocator | None:
+    return None if spec is None else spec.to_allocator()
 
 
 class LinkSpec(_Strict):
@@ -125,6 +167,8 @@ class LinkSpec(_Strict):
     latency_seconds: Seconds
     efficiency: Fraction = _WHOLE
     """Part of the nominal bandwidth that large transfers reach."""
+    duplex: bool = True
+    """False where both directions share the bandwidth."""
 
     def to_link(self, adapters_per_device: float = 1.0) -> Link:
         """The link at the bandwidth that one device reaches."""
@@ -132,6 +176,7 @@ class LinkSpec(_Strict):
             name=self.name,
             bandwidth=self.bandwidth.value * self.efficiency.value * adapters_per_device,
             latency_seconds=self.latency_seconds.value,
+            duplex=self.duplex,
         )
 
 
@@ -165,10 +210,6 @@ class DeviceProfile(_Strict):
     network: UsualNetwork
 
 
-def _kind(value: Any) -> str:
-    return "name" if isinstance(value, str) else "inline"
-
-
 NamedOrDevice = Annotated[
     Annotated[str, Tag("name")] | Annotated[DeviceSpec, Tag("inline")], Discriminator(_kind)
 ]
@@ -185,6 +226,8 @@ class HostSpec(_Strict):
     count: Annotated[int, Field(ge=1)]
     link: NamedOrLink | None = None
     """Between its devices; by default the usual one of a named device."""
+    adapter_bandwidth: Figure | None = None
+    """Of all its network adapters together; by default every device has the network's own."""
 
 
 class ClusterFile(_Strict):
@@ -197,3 +240,4 @@ class ClusterFile(_Strict):
     """Between hosts; by default the usual one of the first host's named device."""
     backend: Annotated[str, Field(pattern="^(nccl|gloo)$")] | None = None
     """torch.distributed's backend; by default `gloo` where a device is `cpu`, else `nccl`."""
+    collectives: CollectiveAlgorithm = "ring"

@@ -1,8 +1,28 @@
 """Devices, links and hosts, as the solver and the simulator read them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["Cluster", "Device", "Host", "Link"]
+__all__ = ["Allocator", "Cluster", "CollectiveAlgorithm", "Device", "Host", "Link"]
+
+CollectiveAlgorithm = Literal["ring", "tree", "auto"]
+"""How collectives travel; `auto`: the quicker of the others, each time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocator:
+    """A caching allocator: it takes segments from the device and hands out blocks of them."""
+
+    rounding_bytes: int = 512
+    """Every request is rounded up to a multiple of this."""
+    small_limit_bytes: int = 2**20
+    """Requests up to this come from small segments."""
+    small_segment_bytes: int = 2 * 2**20
+    large_limit_bytes: int = 10 * 2**20
+    """Requests below this, and above the small limit, come from large segments."""
+    large_segment_bytes: int = 20 * 2**20
+    segment_rounding_bytes: int = 2 * 2**20
+    """Larger requests get a segment of their own, rounded up to a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +52,13 @@ class Device:
     message_seconds: float = 0.0
     """Compute time that each end of a pipeline transfer loses to it: on a CPU a transfer is CPU
     work; where a copy engine moves the bytes it is nothing."""
+    instruction_overhead_seconds: float = 0.0
+    """Host time to issue one instruction of a program, whatever its kind."""
+    host_bandwidth: float | None = None
+    """Bytes per second, each direction, between the device and its host's memory, from where
+    batches and offloaded state come; None: such copies are free."""
+    allocator: Allocator | None = None
+    """None: memory is taken and given back byte by byte (a CPU)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +69,8 @@ class Link:
     bandwidth: float
     """Bytes per second, each direction, per device."""
     latency_seconds: float
+    duplex: bool = True
+    """False: both directions of a device share the bandwidth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +81,9 @@ class Host:
     num_devices: int
     link: Link
     """Between devices of this host."""
+    adapter_bandwidth: float | None = None
+    """Bytes per second, each direction, of all the host's network adapters together; None: enough
+    for every device to use its own share of the network in full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +98,7 @@ class Cluster:
     """torch.distributed's backend: `nccl` or `gloo`."""
     provenance: str
     """Where the description comes from: named by the user, found on this machine, default."""
+    collectives: CollectiveAlgorithm = "ring"
 
     @property
     def num_devices(self) -> int:

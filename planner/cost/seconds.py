@@ -1,7 +1,7 @@
 """Counts and a device (or a link) -> seconds.
 
-Knows the roofline and the cost of ring collectives. Does not know stages, schedules or sharing:
-what happens when two transfers meet on one link is the simulator's business.
+Knows the roofline and messages. Does not know stages, schedules or sharing: what happens when two
+transfers meet on one link is the simulator's business.
 """
 
 from collections.abc import Iterable
@@ -10,11 +10,10 @@ from planner.cluster.types import Device, Link
 from planner.profile import LayerProfile, OperatorCount
 
 __all__ = [
-    "all_reduce_seconds",
-    "gather_seconds",
+    "copy_seconds",
     "layer_seconds",
     "peak_flops",
-    "reduce_scatter_seconds",
+    "read_seconds",
     "transfer_seconds",
     "update_seconds",
 ]
@@ -81,37 +80,6 @@ def transfer_seconds(num_bytes: int, link: Link) -> float:
     return link.latency_seconds + num_bytes / link.bandwidth
 
 
-def gather_seconds(num_bytes: int, num_replicas: int, link: Link) -> float:
-    """All-gather of `num_bytes` (the full size, all shards together) over D replicas in a ring.
-
-        (D - 1) x (latency + bytes / D / bandwidth)
-
-    Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in
-    MPICH", IJHPCA 19(1), 2005; the bandwidth term is also that of nccl-tests' PERFORMANCE.md.
-    0 for one replica.
-    """
-    steps = num_replicas - 1
-    return steps * (link.latency_seconds + num_bytes / num_replicas / link.bandwidth)
-
-
-def reduce_scatter_seconds(num_bytes: int, num_replicas: int, link: Link) -> float:
-    """Reduce-scatter of `num_bytes` (the full, unpartitioned size) over D replicas.
-
-    The ring's steps are those of the all-gather in reverse (same source); the additions are not
-    counted. A direct exchange of shards between all pairs sends as many bytes. 0 for one replica.
-    """
-    return gather_seconds(num_bytes, num_replicas, link)
-
-
-def all_reduce_seconds(num_bytes: int, num_replicas: int, link: Link) -> float:
-    """All-reduce of `num_bytes` over D replicas: a reduce-scatter, then an all-gather.
-
-    Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
-    JPDC 69(2), 2009: 2 (D - 1) / D of the bytes leave each rank, and no algorithm sends fewer.
-    """
-    return 2 * gather_seconds(num_bytes, num_replicas, link)
-
-
 def update_seconds(
     num_elements: int, device: Device, optimizer_slots: int, *, element_bytes: int = 4
 ) -> float:
@@ -125,3 +93,16 @@ def update_seconds(
     moved_bytes = 2 * (2 + optimizer_slots) * element_bytes * num_elements
     bandwidth = device.memory_bandwidth * device.memory_efficiency
     return max(moved_bytes / bandwidth, device.kernel_overhead_seconds)
+
+
+def copy_seconds(num_bytes: int, device: Device) -> float:
+    """A copy within the device's memory: every byte is read and written (roofline)."""
+    return read_seconds(2 * num_bytes, device)
+
+
+def read_seconds(num_bytes: int, device: Device) -> float:
+    """One kernel that moves `num_bytes` through the device's memory (roofline); 0 for none."""
+    if not num_bytes:
+        return 0.0
+    seconds = num_bytes / (device.memory_bandwidth * device.memory_efficiency)
+    return max(seconds, device.kernel_overhead_seconds)

@@ -1,30 +1,37 @@
 """From a Placement to a Plan, by small passes: units, stages, routes, then each rank's program.
 
-A program is the rank's compute steps in layered order, with the other passes' instructions placed
-before or after them. Nothing here decides: every choice was the solver's or is a rule of a pass.
+A program is the rank's compute steps in the order of its schedule, with the other passes'
+instructions placed before or behind them. Nothing here decides: every choice was the solver's or is
+a rule of a pass.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from planner.cluster.types import Cluster
 from planner.graph import LayerGraph
-from planner.lower.compute import StageContext, compute_instruction, load_instruction
-from planner.lower.data import (
-    Placed,
-    Span,
-    gather_instructions,
-    gradient_buffers,
-    spans_of,
-    update_instructions,
-)
+from planner.lower.buffers import BufferTable
+from planner.lower.compute import Template, compute_instructions, place_loads, stage_templates
+from planner.lower.gradients import accumulate, gradient_pools, place_reductions, sources
+from planner.lower.offload import place_offload
+from planner.lower.pools import Holding, Pools
 from planner.lower.routes import Route, make_routes
-from planner.lower.stages import kept_tensors, make_stage
-from planner.lower.transfers import transfer_instructions
-from planner.lower.units import make_units
+from planner.lower.slots import LOOKAHEAD, BufferNames, Slots
+from planner.lower.stages import StageMaker
+from planner.lower.transfers import place_transfers
+from planner.lower.units import make_units, units_by_stage
+from planner.lower.updates import place_updates
+from planner.lower.weights import (
+    hold_weights,
+    place_fetched_gathers,
+    place_gathers,
+    weights_in_place,
+)
+from planner.lower.work import RankWork
 from planner.plan.types import Instruction, Opcode, Plan, PlanOptions, StagePlan, Unit
 from planner.profile import Profile
-from planner.schedule import ComputeStep, layered_order
+from planner.schedule import Order, forward_order, order_of, require_complete
+from planner.schedules import Schedule
 from planner.solve.types import Placement
 
 __all__ = ["lower"]
@@ -36,25 +43,31 @@ def lower(
     cluster: Cluster,
     placement: Placement,
     options: PlanOptions,
+    order: Order | None = None,
 ) -> Plan:
     """The plan of a placement, its prediction still open.
 
-    With one replica there is nothing to partition, so partition 3 means 0.
+    With one replica there is nothing to partition, so partition 3 means 0. An `order` of one's own
+    takes the place of the schedule's, and the plan's schedule is then `custom`.
+
+    Raises:
+        UsageError: the schedule does not go with the placement, or the order lacks a step.
     """
     if placement.num_replicas == 1 and placement.partition:
         placement = replace(placement, partition=0)
-    units = make_units(graph, placement)
-    routes = make_routes(graph, placement)
-    stages = tuple(
-        make_stage(graph, profile, cluster, placement, units, routes, index)
-        for index in range(placement.num_stages)
-    )
-    order = layered_order(placement)
-    transfers = transfer_instructions(order, routes, placement.num_micro_batches)
-    programs = tuple(
-        _program(profile, placement, stages, units, routes, order.ranks[rank], transfers[rank])
-        for rank in range(placement.num_pipeline_ranks)
-    )
+    if order is None:
+        order = order_of(placement)
+    else:
+        require_complete(order, placement)
+        placement = replace(placement, schedule=Schedule.CUSTOM)
+    context = _context(graph, profile, cluster, placement, options)
+    is_training = placement.schedule is not Schedule.FORWARD
+    programs, pools = _programs(context, order, is_training=is_training)
+    evaluation: tuple[tuple[Instruction, ...], ...] = ()
+    if is_training:
+        evaluation, more = _programs(context, forward_order(placement), is_training=False)
+        pools = [_larger(one, other) for one, other in zip(pools, more, strict=True)]
+    table = BufferTable(graph, placement, options, context.stages, context.units)
     specs = graph.tensor_specs
     return Plan(
         model_name=graph.model_name,
@@ -65,94 +78,121 @@ def lower(
         micro_batch_size=placement.micro_batch_size,
         num_micro_batches=placement.num_micro_batches,
         partition=placement.partition,
+        offload_state=placement.offload_state,
+        schedule=placement.schedule,
         layer_names=tuple(layer.name for layer in graph.layers),
         batch=graph.batch,
-        tensors=tuple(specs[route.tensor] for route in routes),
+        tensors=tuple(specs[route.tensor] for route in context.routes),
         parameters=graph.parameters,
-        units=units,
-        stages=stages,
+        units=context.units,
+        stages=context.stages,
         num_random_operators=graph.num_random_operators,
         options=options,
         prediction=None,
         programs=programs,
+        evaluation=evaluation,
+        buffers=tuple(
+            table.of_rank((programs[rank], *evaluation[rank : rank + 1]), pools[rank])
+            for rank in range(placement.num_pipeline_ranks)
+        ),
     )
 
 
-def _program(
-    profile: Profile,
-    placement: Placement,
-    stages: Sequence[StagePlan],
-    units: Sequence[Unit],
-    routes: Sequence[Route],
-    steps: tuple[ComputeStep, ...],
-    transfers: list[Placed],
-) -> tuple[Instruction, ...]:
-    """The program of one rank."""
-    mine = sorted({step.stage for step in steps})
-    my_units = [unit for unit in units if set(unit.stages) & set(mine)]
-    sums = gradient_buffers(steps, my_units, placement)
-    placed = list(transfers)
-    spans: list[Span] = []
-    if placement.partition:
-        spans = spans_of(steps, my_units)
-        placed += gather_instructions(spans, placement.num_weight_buffers)
-    contexts = {
-        stage: _context(profile, placement, stages[stage], my_units, routes, sums, spans, steps)
-        for stage in mine
-    }
-    loaded: set[str] = set()
-    for index, step in enumerate(steps):
-        load = load_instruction(contexts[step.stage], step.micro_batch, loaded)
-        if load is not None:
-            placed.append(Placed(step=index, after=False, instruction=load))
-        compute = compute_instruction(contexts[step.stage], step)
-        placed.append(Placed(step=index, after=False, instruction=compute))
-    # Stable: at one place, what was added first comes first; compute follows its own LOAD.
-    sends = [p for p in placed if p.instruction.opcode is Opcode.SEND]
-    others = [p for p in placed if p.instruction.opcode is not Opcode.SEND]
-    placed = others + sends + update_instructions(steps, my_units, sums, placement)
-    placed.sort(key=lambda p: (p.step, p.after))
-    return tuple(p.instruction for p in placed)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Context:
+    """What the programs of all ranks have in common."""
+
+    placement: Placement
+    options: PlanOptions
+    units: tuple[Unit, ...]
+    units_of: Sequence[Sequence[Unit]]
+    """By stage."""
+    routes: tuple[Route, ...]
+    stages: tuple[StagePlan, ...]
+    names: BufferNames
 
 
 def _context(
+    graph: LayerGraph,
     profile: Profile,
+    cluster: Cluster,
     placement: Placement,
-    stage: StagePlan,
-    units: Sequence[Unit],
-    routes: Sequence[Route],
-    sums: dict[str, str],
-    spans: Sequence[Span],
-    steps: Sequence[ComputeStep],
-) -> StageContext:
-    kept = kept_tensors(profile, placement, stage.index)
-    names = (*stage.inputs, *stage.outputs, *stage.batch_keys)
-    used = tuple(unit for unit in units if stage.index in unit.stages)
-    return StageContext(
-        stage=stage,
-        units=used,
-        routes={route.tensor: route for route in routes if stage.index in route.chain},
-        kept_tensors=tuple(name for name in names if name in kept and name != "loss"),
-        weight_buffers={unit.name: _weight_buffers(unit, stage, spans, steps) for unit in used},
-        neighbours=tuple(sorted({step.stage for step in steps})),
-        gradient_buffers=sums,
+    options: PlanOptions,
+) -> _Context:
+    firsts, ends = placement.boundaries[:-1], placement.boundaries[1:]
+    codes = [graph.stage_code(first, end - 1) for first, end in zip(firsts, ends, strict=True)]
+    units = make_units(graph, placement, codes)
+    units_of = units_by_stage(units, placement.num_stages)
+    routes = make_routes(graph, placement)
+    maker = StageMaker(graph, profile, cluster, placement, routes)
+    return _Context(
+        placement=placement,
+        options=options,
+        units=units,
+        units_of=units_of,
+        routes=routes,
+        stages=tuple(maker.stage(index, code, units_of[index]) for index, code in enumerate(codes)),
+        names=BufferNames(placement.num_micro_batches),
     )
 
 
-def _weight_buffers(
-    unit: Unit, stage: StagePlan, spans: Sequence[Span], steps: Sequence[ComputeStep]
-) -> tuple[str, str]:
-    """Buffers of a unit while a stage runs forward and backward."""
-    if not spans:
-        return f"weights:{unit.name}", f"weights:{unit.name}"
-    forward = next(
-        i for i, s in enumerate(steps) if s.stage == stage.index and s.opcode is Opcode.FORWARD
-    )
-    backward = next(
-        i for i, s in enumerate(steps) if s.stage == stage.index and s.opcode is not Opcode.FORWARD
-    )
-    return _buffer_at(unit, spans, forward), _buffer_at(unit, spans, backward)
+def _programs(
+    context: _Context, order: Order, *, is_training: bool
+) -> tuple[tuple[tuple[Instruction, ...], ...], list[dict[str, Unit]]]:
+    """The program of every rank, and the unit that each buffer of its pools must hold."""
+    routes = {route.tensor: route for route in context.routes}
+    templates = [
+        stage_templates(stage, routes, context.names, saves=is_training) for stage in context.stages
+    ]
+    slots = [Slots(len(steps)) for steps in order.ranks]
+    sent = place_transfers(slots, order, context.routes, context.names)
+    programs, pools = [], []
+    for rank, steps in enumerate(order.ranks):
+        work = RankWork.of(steps, context.units_of)
+        program, largest = _program(context, work, templates, slots[rank], sent[rank], is_training)
+        programs.append(program)
+        pools.append(largest)
+    return tuple(programs), pools
 
 
-def _buffer_at(unit: Unit, spans: Sequence[Span], step: int) -> str:
-    return next(s.buffer for s in spans if s.unit is unit and s.first <= step <= s.last)
+def _program(
+    context: _Context,
+    work: RankWork,
+    templates: Sequence[Mapping[Opcode, Template]],
+    slots: Slots,
+    sent: set[str],
+    is_training: bool,
+) -> tuple[tuple[Instruction, ...], dict[str, Unit]]:
+    """One rank's program. At one place, what an earlier pass put comes first."""
+    placement, options = context.placement, context.options
+    holdings: list[Holding] | None = None
+    weight_pools = Pools("weights", placement.num_weight_buffers)
+    if placement.partition or placement.offload_state:
+        weights, holdings = hold_weights(work, weight_pools), weight_pools.holdings
+        if placement.offload_state:
+            num_ahead = max(LOOKAHEAD, placement.num_micro_batches)
+            place_fetched_gathers(slots, holdings, num_ahead)
+        else:
+            place_gathers(slots, holdings)
+    else:
+        weights = weights_in_place(work)
+    sum_pools = gradient_pools(work, placement, options)
+    sums = accumulate(work, sum_pools, context.names)
+    compute = compute_instructions(work, templates, weights, sums)
+    if placement.offload_inputs:
+        place_offload(slots, compute, sent)
+    place_loads(slots, work, context.stages, context.names)
+    if is_training:
+        place_reductions(slots, sum_pools.holdings, placement)
+        found = sources(work, sum_pools, placement)
+        place_updates(slots, work, found, holdings, placement, options)
+    return slots.program(compute), {**weight_pools.largest(), **sum_pools.largest()}
+
+
+def _larger(one: Mapping[str, Unit], other: Mapping[str, Unit]) -> dict[str, Unit]:
+    """The larger unit of each buffer."""
+    found = dict(one)
+    for buffer, unit in other.items():
+        if buffer not in found or found[buffer].num_elements < unit.num_elements:
+            found[buffer] = unit
+    return found

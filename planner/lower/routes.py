@@ -31,11 +31,13 @@ class Route:
 
         A rank that already holds the tensor keeps it for its later stages.
         """
-        return [
-            (position - 1, position)
-            for position in range(1, len(self.chain))
-            if self.ranks[position] not in self.ranks[:position]
-        ]
+        holders: set[int] = set()
+        hops = []
+        for position, rank in enumerate(self.ranks):
+            if position and rank not in holders:
+                hops.append((position - 1, position))
+            holders.add(rank)
+        return hops
 
     def backward_hops(self) -> list[tuple[int, int]]:
         """(position from, position to) for each transfer of the gradient, last reader first."""

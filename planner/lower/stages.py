@@ -1,107 +1,131 @@
 """Stages of the plan: code, boundary tensors, and predicted cost of one micro-batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from planner.cluster.types import Cluster
 from planner.cost import layer_seconds
-from planner.graph import LayerGraph
+from planner.graph import LayerGraph, StageCode
 from planner.lower.routes import Route
 from planner.plan.types import StagePlan, Unit
 from planner.profile import LayerProfile, Profile
 from planner.solve.types import Placement
 
-__all__ = ["count_messages", "kept_tensors", "make_stage"]
+__all__ = ["StageMaker", "count_messages"]
 
 
-def make_stage(
-    graph: LayerGraph,
-    profile: Profile,
-    cluster: Cluster,
-    placement: Placement,
-    units: Sequence[Unit],
-    routes: Sequence[Route],
-    index: int,
-) -> StagePlan:
-    """The StagePlan of one stage.
+class StageMaker:
+    """Makes the StagePlans of a placement."""
 
-    Its seconds include the compute time that its transfers take from the device, if any.
-    """
-    first, last = placement.boundaries[index], placement.boundaries[index + 1] - 1
-    code = graph.stage_code(first, last)
-    layers = profile.layers[first : last + 1]
-    rank = placement.stage_ranks[index]
-    device = cluster.device(placement.world_rank(rank, 0))
-    seconds = [layer_seconds(layer, device) for layer in layers]
-    forward_messages, backward_messages = count_messages(routes, index)
-    recompute = placement.recompute[index]
-    saved_bytes = _saved_bytes(graph, layers, code.inputs + code.outputs + code.batch_keys)
-    return StagePlan(
-        index=index,
-        rank=rank,
-        layers=tuple(layer.name for layer in graph.layers[first : last + 1]),
-        recompute=recompute,
-        code=code.code,
-        inputs=code.inputs,
-        outputs=code.outputs,
-        batch_keys=code.batch_keys,
-        units=tuple(unit.name for unit in units if index in unit.stages),
-        mutated_inputs=code.mutated_inputs,
-        forward_seconds=math.fsum(forward for forward, _ in seconds)
-        + device.message_seconds * forward_messages,
-        backward_seconds=math.fsum(backward for _, backward in seconds)
-        + device.message_seconds * backward_messages,
-        saved_bytes=saved_bytes,
-        forward_transient_bytes=(
-            max(layer.forward_transient_bytes for layer in layers)
-            if recompute
-            else _saving_transient(graph, layers, saved_bytes)
-        ),
-        recompute_transient_bytes=(
-            _saving_transient(graph, layers, saved_bytes) if recompute else 0
-        ),
-        backward_transient_bytes=max(layer.backward_transient_bytes for layer in layers),
-    )
+    def __init__(
+        self,
+        graph: LayerGraph,
+        profile: Profile,
+        cluster: Cluster,
+        placement: Placement,
+        routes: Iterable[Route],
+    ) -> None:
+        self._graph, self._profile, self._cluster = graph, profile, cluster
+        self._placement = placement
+        self._specs = graph.tensor_specs
+        self._trainable = {p.name for p in graph.parameters if p.trainable}
+        self._messages = count_messages(routes, placement.num_stages)
+
+    def stage(self, index: int, code: StageCode, units: Iterable[Unit]) -> StagePlan:
+        """The StagePlan of one stage, its code and its units.
+
+        Its seconds include the compute time that its transfers take from the device, if any.
+        """
+        placement = self._placement
+        first, last = placement.boundaries[index], placement.boundaries[index + 1]
+        layers = self._profile.layers[first:last]
+        rank, recompute = placement.stage_ranks[index], placement.recompute[index]
+        forward, backward, backward_weight = self._seconds(index)
+        names = {name for layer in layers for name in layer.saved_tensors}
+        saved_bytes = self._saved_bytes(layers, code.inputs + code.outputs + code.batch_keys)
+        saving_bytes = self._saving_transient(layers, saved_bytes)
+        return StagePlan(
+            index=index,
+            rank=rank,
+            layers=tuple(layer.name for layer in self._graph.layers[first:last]),
+            recompute=recompute,
+            code=code.code,
+            inputs=code.inputs,
+            outputs=code.outputs,
+            batch_keys=code.batch_keys,
+            units=tuple(unit.name for unit in units),
+            mutated_inputs=code.mutated_inputs,
+            kept=tuple(
+                name
+                for name in (*code.inputs, *code.outputs, *code.batch_keys)
+                if name in names and name != "loss"
+            ),
+            forward_seconds=forward,
+            backward_seconds=backward,
+            backward_weight_seconds=backward_weight,
+            saved_bytes=saved_bytes,
+            forward_transient_bytes=(
+                max(layer.forward_transient_bytes for layer in layers)
+                if recompute
+                else saving_bytes
+            ),
+            recompute_transient_bytes=saving_bytes if recompute else 0,
+            backward_transient_bytes=max(layer.backward_transient_bytes for layer in layers),
+        )
+
+    def _seconds(self, index: int) -> tuple[float, float, float]:
+        """Forward, backward, and of the latter the part that makes gradients of parameters.
+
+        That part is the profile's where it has one, else modelled: half of backward where a
+        parameter is trained, as the two products of a linear layer's backward are equal.
+        """
+        placement = self._placement
+        layers = range(placement.boundaries[index], placement.boundaries[index + 1])
+        device = self._cluster.device(placement.world_rank(placement.stage_ranks[index], 0))
+        messages = [device.message_seconds * count for count in self._messages[index]]
+        seconds = [layer_seconds(self._profile.layers[layer], device) for layer in layers]
+        backward_weight = []
+        for layer, (_, backward) in zip(layers, seconds, strict=True):
+            known = self._profile.layers[layer].backward_weight_seconds
+            trains = not self._trainable.isdisjoint(self._graph.layers[layer].parameters)
+            modelled = backward / 2 if trains else 0.0
+            backward_weight.append(modelled if known is None else min(known, backward))
+        return (
+            math.fsum(forward for forward, _ in seconds) + messages[0],
+            math.fsum(backward for _, backward in seconds) + messages[1],
+            math.fsum(backward_weight),
+        )
+
+    def _saved_bytes(self, layers: Sequence[LayerProfile], boundary: tuple[str, ...]) -> int:
+        """Bytes that one micro-batch keeps inside the stage, tensors between its layers once."""
+        specs = self._specs
+        inner = {name for layer in layers for name in layer.saved_tensors} - set(boundary)
+        return sum(layer.saved_bytes for layer in layers) + sum(
+            specs[name].num_bytes for name in inner if name in specs
+        )
+
+    def _saving_transient(self, layers: Sequence[LayerProfile], saved_bytes: int) -> int:
+        """Peak of a forward that saves, above all that it saves.
+
+        A layer's peak stands on what the earlier layers have kept.
+        """
+        specs = self._specs
+        peak = before = 0
+        seen: set[str] = set()
+        for layer in layers:
+            peak = max(peak, before + layer.forward_transient_bytes)
+            fresh = set(layer.saved_tensors) - seen
+            seen |= fresh
+            before += layer.saved_bytes + sum(specs[n].num_bytes for n in fresh if n in specs)
+        return max(0, peak - saved_bytes)
 
 
-def count_messages(routes: Sequence[Route], stage: int) -> tuple[int, int]:
-    """Messages that a stage sends and receives in forward and in backward of one micro-batch."""
-    counts = [0, 0]
+def count_messages(routes: Iterable[Route], num_stages: int) -> list[list[int]]:
+    """Per stage, the messages it sends and receives in forward and backward of a micro-batch."""
+    counts = [[0, 0] for _ in range(num_stages)]
     for route in routes:
         for direction, hops in enumerate((route.forward_hops(), route.backward_hops())):
             for source, destination in hops:
-                counts[direction] += stage in (route.chain[source], route.chain[destination])
-    return counts[0], counts[1]
-
-
-def kept_tensors(profile: Profile, placement: Placement, index: int) -> set[str]:
-    """Names that backward of a stage keeps alive besides what it saves itself."""
-    layers = profile.layers[placement.boundaries[index] : placement.boundaries[index + 1]]
-    return {name for layer in layers for name in layer.saved_tensors}
-
-
-def _saved_bytes(
-    graph: LayerGraph, layers: Sequence[LayerProfile], boundary: tuple[str, ...]
-) -> int:
-    """Bytes that one micro-batch keeps inside the stage, tensors between its layers once."""
-    specs = graph.tensor_specs
-    inner = {name for layer in layers for name in layer.saved_tensors} - set(boundary)
-    return sum(layer.saved_bytes for layer in layers) + sum(
-        specs[name].num_bytes for name in inner if name in specs
-    )
-
-
-def _saving_transient(graph: LayerGraph, layers: Sequence[LayerProfile], saved_bytes: int) -> int:
-    """Peak of a forward that saves, above all that it saves.
-
-    A layer's peak stands on what the earlier layers have kept.
-    """
-    specs = graph.tensor_specs
-    peak = before = 0
-    seen: set[str] = set()
-    for layer in layers:
-        peak = max(peak, before + layer.forward_transient_bytes)
-        fresh = set(layer.saved_tensors) - seen
-        seen |= fresh
-        before += layer.saved_bytes + sum(specs[n].num_bytes for n in fresh if n in specs)
-    return max(0, peak - saved_bytes)
+                counts[route.chain[source]][direction] += 1
+                counts[route.chain[destination]][direction] += 1
+    return counts

@@ -5,24 +5,24 @@ that several stages use are tied; those shared by the same stages form a unit of
 by every rank that uses it, so that its gradients can be added across ranks element by element.
 """
 
-from planner.graph import LayerGraph, ParameterSpec
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from planner.graph import LayerGraph, ParameterSpec, StageCode
 from planner.plan.types import Unit
+from planner.schedules import Schedule
 from planner.solve.types import Placement
 
-__all__ = ["make_units", "pool_name"]
+__all__ = ["make_units", "units_by_stage"]
 
 
-def pool_name(unit: Unit) -> str:
-    """The pool of buffers a unit shares: a tied unit's own, else that of all units of its dtype."""
-    return unit.name if len(unit.stages) > 1 else unit.dtype
-
-
-def make_units(graph: LayerGraph, placement: Placement) -> tuple[Unit, ...]:
-    """The units of all stages, own ones in stage order, then tied ones."""
+def make_units(
+    graph: LayerGraph, placement: Placement, codes: Sequence[StageCode]
+) -> tuple[Unit, ...]:
+    """The units of all stages (`codes`), own ones in stage order, then tied ones."""
     users: dict[str, list[int]] = {}
-    for stage in range(placement.num_stages):
-        first, last = placement.boundaries[stage], placement.boundaries[stage + 1] - 1
-        for name in graph.stage_code(first, last).parameters:
+    for stage, code in enumerate(codes):
+        for name in code.parameters:
             users.setdefault(name, []).append(stage)
     specs = graph.parameter_specs
     groups: dict[tuple[tuple[int, ...], str], list[ParameterSpec]] = {}
@@ -30,14 +30,24 @@ def make_units(graph: LayerGraph, placement: Placement) -> tuple[Unit, ...]:
         groups.setdefault((tuple(using), specs[name].dtype), []).append(specs[name])
     own = {key: group for key, group in groups.items() if len(key[0]) == 1}
     tied = {key: group for key, group in groups.items() if len(key[0]) > 1}
+    num_dtypes = Counter(stages for stages, _ in own)
     units = []
     for (stages, dtype), group in sorted(own.items()):
-        alone = sum(other == stages for other, _ in own) == 1
+        alone = num_dtypes[stages] == 1
         name = f"stage.{stages[0]}" if alone else f"stage.{stages[0]}.{dtype}"
         units.append(_unit(name, dtype, group, stages, placement))
     for index, ((stages, dtype), group) in enumerate(sorted(tied.items())):
         units.append(_unit(f"tied.{index}", dtype, group, stages, placement))
     return tuple(units)
+
+
+def units_by_stage(units: Iterable[Unit], num_stages: int) -> list[tuple[Unit, ...]]:
+    """The units of each stage, in the order of `units`."""
+    found: list[list[Unit]] = [[] for _ in range(num_stages)]
+    for unit in units:
+        for stage in unit.stages:
+            found[stage].append(unit)
+    return [tuple(used) for used in found]
 
 
 def _unit(
@@ -56,5 +66,11 @@ def _unit(
         stages=stages,
         ranks=ranks,
         trainable=any(spec.trainable for spec in group),
-        exact=len(stages) > 1 and len(ranks) == 1 and placement.num_replicas == 1,
+        exact=(
+            len(stages) > 1
+            and len(ranks) == 1
+            and placement.num_replicas == 1
+            # Needs backward to reach the unit's later stages first, as every family does.
+            and placement.schedule is not Schedule.CUSTOM
+        ),
     )

@@ -11,14 +11,25 @@ not know torch, nor what a function does.
 """
 
 import ast
+import json
 import math
 import re
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from planner.errors import PlanFileError
 
-__all__ = ["FUNCTIONS", "Reference", "Statement", "Symbol", "parse_statement", "references"]
+__all__ = [
+    "FUNCTIONS",
+    "Reference",
+    "Statement",
+    "Symbol",
+    "is_plain_specification",
+    "parse_statement",
+    "references",
+]
 
 FUNCTIONS = (
     "layer",  # path of a module in the user's model, then the module's own arguments
@@ -31,6 +42,10 @@ FUNCTIONS = (
     "unflatten",  # pytree specification (JSON), list of leaves
     "loss",  # model output -> scalar loss (calls the user's loss_fn with the batch)
 )
+_MAX_CHARACTERS = 500_000
+"""Of a statement: the longest hold the small constants of a trace, a few thousand numbers."""
+_MAX_INTEGER = 2**64
+_RANDOM = re.compile(r"  # random ([0-9]{1,18}) ([0-9]{1,18})\Z")
 _ATEN = re.compile(r"aten\.[a-z_A-Z0-9]+\.[a-z_A-Z0-9]+")
 _SYMBOL = re.compile(r"torch\.[a-z_0-9]+|device")
 
@@ -118,23 +133,47 @@ def _print(value: Any) -> str:
     raise TypeError(f"a statement cannot hold {value!r} of type {type(value).__name__}")
 
 
+def is_plain_specification(text: str) -> bool:
+    """Whether a pytree specification names no module: torch imports those it names.
+
+    It is JSON, and so are the `context` texts in it.
+    """
+
+    def refuse_modules(mapping: dict[str, Any]) -> None:
+        if "__enum__" in mapping or "default_factory_module" in mapping:
+            raise TypeError
+        if isinstance(context := mapping.get("context"), str):
+            with suppress(ValueError):
+                json.loads(context, object_hook=refuse_modules)
+
+    try:
+        json.loads(text, object_hook=refuse_modules)
+    except (ValueError, TypeError, RecursionError):
+        return False
+    return True
+
+
 def parse_statement(text: str) -> Statement:
     """Read one line back; `parse_statement(str(s)) == s`.
 
     Raises:
         PlanFileError: the line is not one assignment of one permitted call.
     """
-    code, _, comment = text.rpartition("  # random ")
-    first, num = 0, 0
-    if code:
-        try:
-            first, num = (int(word) for word in comment.split())
-        except ValueError:
-            raise _bad(text, "its random-operator comment is not two numbers") from None
+    found = _RANDOM.search(text)
+    first, num = (int(found[1]), int(found[2])) if found else (0, 0)
+    code = text[: found.start()] if found else text
+    if len(code) > _MAX_CHARACTERS:
+        raise _bad(text, "it is too long")
     try:
-        body = ast.parse(code or text).body
+        return _parse_assignment(code, first, num)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _bad(text, "it is not Python syntax") from None
+
+
+def _parse_assignment(text: str, first: int, num: int) -> Statement:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of doubtful literals: a SyntaxError then
+        body = ast.parse(text).body
     match body:
         case [ast.Assign(targets=[ast.Name(id=target)], value=ast.Call() as call)]:
             pass
@@ -146,11 +185,19 @@ def parse_statement(text: str) -> Statement:
         if keyword.arg is None:
             raise _bad(text, "`**` is not allowed")
         keywords.append((keyword.arg, _parse_value(keyword.value, text)))
+    arguments = tuple(_parse_value(argument, text) for argument in call.args)
+    match function, arguments:
+        case "getattr", (_, str(name)) if not name.startswith("_"):
+            pass
+        case "unflatten", (str(specification), _) if is_plain_specification(specification):
+            pass
+        case (("getattr" | "unflatten"), _):
+            raise _bad(text, "its arguments are not allowed")
     return Statement(
         target=target,
         function=function,
         path=path,
-        arguments=tuple(_parse_value(argument, text) for argument in call.args),
+        arguments=arguments,
         keywords=tuple(keywords),
         first_random_operator=first,
         num_random_operators=num,
@@ -172,10 +219,12 @@ def _parse_function(node: ast.expr, text: str) -> tuple[str, str]:
 
 def _parse_value(node: ast.expr, text: str) -> Any:
     match node:
+        case ast.Constant(value=int(value)) if value > _MAX_INTEGER:
+            raise _bad(text, "it holds a number that is too large")
         case ast.Constant(value=None | bool() | int() | float() | str() as value):
             return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
+            return -_parse_value(node.operand, text)
         case ast.Name(id="device"):
             return Symbol("device")
         case ast.Name(id=name):
@@ -186,12 +235,9 @@ def _parse_value(node: ast.expr, text: str) -> Any:
             return [_parse_value(item, text) for item in items]
         case ast.Tuple(elts=items):
             return tuple(_parse_value(item, text) for item in items)
-        case ast.Dict(keys=keys, values=values):
-            return {
-                key.value: _parse_value(value, text)
-                for key, value in zip(keys, values, strict=True)
-                if isinstance(key, ast.Constant) and isinstance(key.value, str)
-            }
+        case ast.Dict(keys=keys, values=values) if all(isinstance(k, ast.Constant) for k in keys):
+            read = [_parse_value(item, text) for item in (*filter(None, keys), *values)]
+            return dict(zip(read[: len(keys)], read[len(keys) :], strict=True))
         case ast.Call(func=ast.Name(id="float"), args=[ast.Constant(value=str(number))]):
             if number in ("inf", "-inf", "nan"):
                 return float(number)

@@ -1,19 +1,63 @@
 """The partial order of a plan: what each instruction waits for.
 
-An instruction waits for its predecessor in its stream and for the last conflicting uses of its
-buffers: a reader waits for the last writer, a writer for the last writer and every reader since. A
-SEND and its RECEIVE are one transfer, which both ends must reach; so is a REDUCE_TIED on all ranks
-that share the unit. The simulator and the checker both read this order; neither adds to it. This
-module does not know durations or sizes.
+An instruction runs when it has been issued and its predecessor in its stream is over. It is issued
+when everything before it has been issued, every compute instruction before it is over, and the
+conflicting uses of its buffers before it are over: a reader waits for the last writer, a writer for
+the last writer and every reader since. A SEND and its RECEIVE are one task, which both ends must
+reach; so is a collective of several pipeline ranks. The checker, the simulator and the executor
+all keep to this order (docs/decisions/0011). This module does not know durations or sizes.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from planner.plan.types import Instruction, Opcode, Plan
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Mismatch", "PartialOrder", "partial_order", "predecessors"]
+from planner.plan.types import Opcode, Plan
+from planner.plan.waits import Waits
+
+__all__ = ["Lists", "Mismatch", "PartialOrder", "partial_order"]
+
+Cell = tuple[int, int]
+"""(pipeline rank, index in its program)."""
+_Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lists:
+    """Many short lists of numbers in two long ones: a million lists would keep Python's garbage
+    collector busy. Nobody changes them.
+    """
+
+    starts: list[int]
+    """Where each list begins in `items`, and where the last one ends."""
+    items: list[int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.items[self.starts[index] : self.starts[index + 1]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.__getitem__, range(len(self)))
+
+    def lengths(self) -> _Ints:
+        """Of each list."""
+        starts = np.array(self.starts, dtype=np.int32)
+        return starts[1:] - starts[:-1]
+
+    def owners(self) -> _Ints:
+        """Per item: the list that it is in."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), self.lengths())
+
+    @classmethod
+    def grouped(cls, keys: _Ints, values: _Ints, num_lists: int) -> "Lists":
+        """List k holds the values whose key is k, in their order."""
+        starts = np.concatenate(([0], np.cumsum(np.bincount(keys, minlength=num_lists))))
+        return cls(starts=starts.tolist(), items=values[np.argsort(keys, kind="stable")].tolist())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,132 +73,115 @@ class Mismatch:
 class PartialOrder:
     """Instructions of all ranks merged into tasks: most have one member, transfers two."""
 
-    members: tuple[tuple[tuple[int, int], ...], ...]
-    """Per task: (rank, index in its program); the sender first."""
-    task_of: tuple[tuple[int, ...], ...]
+    members: list[tuple[Cell, ...]]
+    """Per task: its cells; the sender first."""
+    task_of: list[list[int]]
     """Per rank and index: its task."""
-    predecessors: tuple[tuple[int, ...], ...]
-    """Per task: the tasks that it waits for."""
-    mismatches: tuple[Mismatch, ...]
+    predecessors: Lists
+    """Per task: the tasks that it waits for before it runs. One that others of them wait for may be
+    left out."""
+    held_by: list[Lists]
+    """Per rank and index: the tasks that its issue waits for beside those that an earlier issue
+    waits for. It is issued after its neighbour above and when these are over."""
+    mismatches: list[Mismatch]
+
+    def followers(self) -> Lists:
+        """Per task: the tasks that wait for it."""
+        earlier = np.array(self.predecessors.items, dtype=np.int32)
+        return Lists.grouped(earlier, self.predecessors.owners(), len(self.members))
 
     def sorted_tasks(self) -> list[int]:
         """Tasks in an order in which they can run; those on or behind a cycle are left out."""
-        followers, waiting = self.followers(), [len(found) for found in self.predecessors]
-        ready = deque(task for task, number in enumerate(waiting) if number == 0)
-        found = []
-        while ready:
-            task = ready.popleft()
-            found.append(task)
-            for follower in followers[task]:
+        followers = self.followers()
+        starts, items = followers.starts, followers.items
+        waiting = self.predecessors.lengths().tolist()
+        found = [task for task, number in enumerate(waiting) if number == 0]
+        for task in found:  # which grows meanwhile
+            for follower in items[starts[task] : starts[task + 1]]:
                 waiting[follower] -= 1
                 if waiting[follower] == 0:
-                    ready.append(follower)
-        return found
-
-    def followers(self) -> list[list[int]]:
-        """Per task: the tasks that wait for it."""
-        found: list[list[int]] = [[] for _ in self.members]
-        for task, earlier in enumerate(self.predecessors):
-            for predecessor in earlier:
-                found[predecessor].append(task)
+                    found.append(follower)
         return found
 
 
-def predecessors(program: Sequence[Instruction], *, issue_order: bool = False) -> list[set[int]]:
-    """For each instruction of one rank, the indices it waits for.
-
-    With `issue_order`, one thread issues the program: compute blocks it until it is over, so
-    everything behind a compute instruction waits for that one too; nothing else blocks.
-    """
-    last_in_stream: dict[str, int] = {}
-    last_writer: dict[str, int] = {}
-    readers: dict[str, list[int]] = defaultdict(list)
-    found: list[set[int]] = []
-    blocking: int | None = None
-    for index, instruction in enumerate(program):
-        waits: set[int] = set()
-        if instruction.stream in last_in_stream:
-            waits.add(last_in_stream[instruction.stream])
-        if issue_order and blocking is not None:
-            waits.add(blocking)
-        for buffer in instruction.reads:
-            if buffer in last_writer:
-                waits.add(last_writer[buffer])
-        for buffer in instruction.writes:
-            waits.update(readers.pop(buffer, ()))
-            if buffer in last_writer:
-                waits.add(last_writer[buffer])
-            last_writer[buffer] = index
-        for buffer in instruction.reads:
-            if buffer not in instruction.writes:
-                readers[buffer].append(index)
-        last_in_stream[instruction.stream] = index
-        if instruction.stream == "compute":
-            blocking = index
-        waits.discard(index)
-        found.append(waits)
-    return found
-
-
-def partial_order(plan: Plan, *, issue_order: bool = False) -> PartialOrder:
-    """The order of all instructions of all ranks; `issue_order` as in `predecessors`."""
-    groups, mismatches = _groups(plan)
+def partial_order(plan: Plan) -> PartialOrder:
+    """The order of all instructions of all ranks."""
+    members, mismatches = _groups(plan)
     task_of = [[-1] * len(program) for program in plan.programs]
-    members: list[tuple[tuple[int, int], ...]] = []
-    for group in groups:
-        for rank, index in group:
-            task_of[rank][index] = len(members)
-        members.append(group)
+    for task, cells in enumerate(members):
+        for rank, index in cells:
+            task_of[rank][index] = task
     for rank, tasks in enumerate(task_of):
         for index, task in enumerate(tasks):
             if task < 0:
                 tasks[index] = len(members)
                 members.append(((rank, index),))
-    waits: list[set[int]] = [set() for _ in members]
-    for rank, program in enumerate(plan.programs):
-        tasks = task_of[rank]
-        for index, earlier in enumerate(predecessors(program, issue_order=issue_order)):
-            waits[tasks[index]].update(tasks[i] for i in earlier)
+    earlier: list[_Ints] = []
+    later: list[_Ints] = []
+    held_by = []
+    for tasks, program in zip(task_of, plan.programs, strict=True):
+        waits = Waits()
+        for instruction in program:
+            waits.add(instruction)
+        numbers = np.array(tasks, dtype=np.int32)
+        earlier.append(numbers[waits.earlier])
+        later.append(numbers[waits.later])
+        held_by.append(Lists(starts=waits.held_starts, items=numbers[waits.held].tolist()))
     return PartialOrder(
-        members=tuple(members),
-        task_of=tuple(map(tuple, task_of)),
-        predecessors=tuple(tuple(sorted(tasks)) for tasks in waits),
-        mismatches=tuple(mismatches),
+        members=members,
+        task_of=task_of,
+        predecessors=Lists.grouped(
+            np.concatenate([*later, np.empty(0, dtype=np.int32)]),
+            np.concatenate([*earlier, np.empty(0, dtype=np.int32)]),
+            len(members),
+        ),
+        held_by=held_by,
+        mismatches=mismatches,
     )
 
 
-def _groups(plan: Plan) -> tuple[list[tuple[tuple[int, int], ...]], list[Mismatch]]:
+_COLLECTIVES = (Opcode.REDUCE_TIED, Opcode.CHECK_FINITE, Opcode.CLIP)
+"""Of several pipeline ranks. (Replicas share programs, so theirs need no matching.)"""
+
+
+def _groups(plan: Plan) -> tuple[list[tuple[Cell, ...]], list[Mismatch]]:
     """Instructions that run as one, and those that lack a partner.
 
     The k-th SEND from one rank to another goes with the k-th RECEIVE there from it; the k-th
-    REDUCE_TIED of a unit on one rank with the k-th on each other rank that holds it.
+    collective of its kind and unit on one rank with the k-th on each other rank concerned.
     """
-    sends: dict[tuple[int, int], list[int]] = defaultdict(list)
-    receives: dict[tuple[int, int], list[int]] = defaultdict(list)
-    tied: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    sends: dict[Cell, list[int]] = defaultdict(list)
+    receives: dict[Cell, list[int]] = defaultdict(list)
+    collectives: dict[tuple[Opcode, str | None], dict[int, list[int]]] = {}
     for rank, program in enumerate(plan.programs):
         for index, instruction in enumerate(program):
-            if instruction.opcode is Opcode.SEND and instruction.peer is not None:
+            opcode = instruction.opcode
+            if opcode is Opcode.SEND and instruction.peer is not None:
                 sends[rank, instruction.peer].append(index)
-            elif instruction.opcode is Opcode.RECEIVE and instruction.peer is not None:
+            elif opcode is Opcode.RECEIVE and instruction.peer is not None:
                 receives[instruction.peer, rank].append(index)
-            elif instruction.opcode is Opcode.REDUCE_TIED and instruction.unit is not None:
-                tied[instruction.unit][rank].append(index)
-    groups: list[tuple[tuple[int, int], ...]] = []
+            elif opcode in _COLLECTIVES:
+                calls = collectives.setdefault((opcode, instruction.unit), defaultdict(list))
+                calls[rank].append(index)
+    groups: list[tuple[Cell, ...]] = []
     mismatches: list[Mismatch] = []
     for pair in sorted({*sends, *receives}):
         _match_pair(plan, pair, sends[pair], receives[pair], groups, mismatches)
-    for name, by_rank in tied.items():
-        _match_tied(plan, name, by_rank, groups, mismatches)
+    unit_ranks = {unit.name: unit.ranks for unit in plan.units}
+    for (opcode, unit), by_rank in collectives.items():
+        wanted = unit_ranks.get(unit or "", ()) if opcode is Opcode.REDUCE_TIED else ()
+        name = f"{opcode.value} of {unit}" if unit else opcode.value
+        everywhere = tuple(range(plan.num_pipeline_ranks))
+        _match_collective(name, by_rank, wanted or everywhere, groups, mismatches)
     return groups, mismatches
 
 
 def _match_pair(
     plan: Plan,
-    pair: tuple[int, int],
+    pair: Cell,
     sends: list[int],
     receives: list[int],
-    groups: list[tuple[tuple[int, int], ...]],
+    groups: list[tuple[Cell, ...]],
     mismatches: list[Mismatch],
 ) -> None:
     sender, receiver = pair
@@ -163,7 +190,8 @@ def _match_pair(
         sent = plan.programs[sender][send].reads
         received = plan.programs[receiver][receive].writes
         if sent != received:
-            message = f"rank {sender} sends {sent[0]} where rank {receiver} expects {received[0]}"
+            message = f"rank {sender} sends {' '.join(sent)} where rank {receiver} expects "
+            message += " ".join(received)
             mismatches.append(Mismatch(rank=receiver, index=receive, message=message))
     paired = min(len(sends), len(receives))
     for index in sends[paired:]:
@@ -174,19 +202,18 @@ def _match_pair(
         mismatches.append(Mismatch(rank=receiver, index=index, message=message))
 
 
-def _match_tied(
-    plan: Plan,
+def _match_collective(
     name: str,
     by_rank: dict[int, list[int]],
-    groups: list[tuple[tuple[int, int], ...]],
+    wanted: tuple[int, ...],
+    groups: list[tuple[Cell, ...]],
     mismatches: list[Mismatch],
 ) -> None:
-    holders = next(unit.ranks for unit in plan.units if unit.name == name)
     for position in range(max(map(len, by_rank.values()))):
         group = tuple((r, calls[position]) for r, calls in by_rank.items() if position < len(calls))
         groups.append(group)
         entered = sorted(rank for rank, _ in group)
-        if entered != sorted(holders):
-            message = f"REDUCE_TIED of {name} is entered by pipeline ranks {entered}, but "
-            message += f"{list(holders)} hold the unit"
+        if entered != sorted(wanted):
+            message = f"{name} is entered by pipeline ranks {entered}, but {list(wanted)} must "
+            message += "enter it"
             mismatches.append(Mismatch(rank=group[0][0], index=group[0][1], message=message))

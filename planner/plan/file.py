@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,31 @@ from planner.plan.validate import validate_references
 
 __all__ = ["MAX_PLAN_BYTES", "parse_plan", "print_plan", "read_plan", "write_plan"]
 
-MAX_PLAN_BYTES = 64_000_000
+MAX_PLAN_BYTES = 200_000_000
+"""A plan of a million instructions takes half of it."""
+_MAX_INSTRUCTIONS = 1_750_000
+_MAX_OTHER_BYTES = 20_000_000
+"""Of all sections but the programs: a plan of a thousand stages has a few megabytes."""
 # In a tuple, because pydantic takes the configuration of a bare dataclass from that class alone.
 _PLAN: TypeAdapter[tuple[Plan]] = TypeAdapter(
     tuple[Plan], config=ConfigDict(extra="forbid", strict=True)
 )
 _ROW_SECTIONS = ("batch", "tensors", "parameters", "units")
+_PROGRAMS = ("programs", "evaluation")
 
 
 def print_plan(plan: Plan) -> str:
     """The plan as text; `parse_plan(print_plan(plan)) == plan`."""
-    sections = _plain(asdict(replace(plan, stages=(), programs=())))
+    sections = _plain(asdict(replace(plan, stages=(), programs=(), evaluation=())))
     for name in _ROW_SECTIONS:
         sections[name] = [Row(row) for row in sections[name]]
     sections["stages"] = [
         Section(_plain(asdict(replace(stage, code=()))) | {"code": print_code(stage.code)})
         for stage in plan.stages
     ]
-    sections["programs"] = [print_program(program) for program in plan.programs]
+    sections["buffers"] = [[Row(row) for row in rank] for rank in sections["buffers"]]
+    for name in _PROGRAMS:
+        sections[name] = [print_program(program) for program in getattr(plan, name)]
     return print_sections(FORMAT_VERSION, sections)
 
 
@@ -58,27 +66,34 @@ def parse_plan(text: str, *, source: str = "plan") -> Plan:
         PlanFileError: the text is no plan, of another format version, changed since it was
             written, or inconsistent in itself.
     """
-    texts = verified_sections(text, FORMAT_VERSION, source)
-    sections = load_sections("".join(texts.values()), source)
+    return _parse(text.encode(errors="surrogatepass"), source)
+
+
+def _parse(content: bytes, source: str) -> Plan:
+    parts = verified_sections(content, FORMAT_VERSION, source)
+    if sum(len(part) for name, part in parts.items() if name not in _PROGRAMS) > _MAX_OTHER_BYTES:
+        raise PlanFileError(f"{source} has too much beside its programs", hint=HINT)
+    sections = load_sections(parts, source)
     stages = _list_of(sections.get("stages"), dict, "stages", source)
-    codes = [stage.pop("code", None) for stage in stages]
-    lines = _list_of(sections.get("programs"), str, "programs", source)
+    codes = _list_of([stage.pop("code", None) for stage in stages], str, "code", source)
+    programs = {name: _list_of(sections.pop(name, None), str, name, source) for name in _PROGRAMS}
+    num_lines = sum(text.count("\n") for texts in programs.values() for text in texts)
+    if num_lines > _MAX_INSTRUCTIONS:
+        raise PlanFileError(f"{source} has more lines than a plan may have", hint=HINT)
+    sections |= dict.fromkeys(_PROGRAMS, ()) | {"stages": [s | {"code": ()} for s in stages]}
     try:
         # Through JSON, where pydantic's strict mode takes lists for tuples.
-        (plan,) = _PLAN.validate_json(
-            json.dumps([sections | {"programs": [], "stages": [s | {"code": []} for s in stages]}])
-        )
+        (plan,) = _PLAN.validate_json(json.dumps([sections]))
     except (ValidationError, ValueError, TypeError) as error:
         raise PlanFileError(f"{source} does not validate: {_reason(error)}", hint=HINT) from None
     plan = replace(
         plan,
         stages=tuple(
             replace(stage, code=parse_code(code))
-            for stage, code in zip(
-                plan.stages, _list_of(codes, str, "code of the stages", source), strict=True
-            )
+            for stage, code in zip(plan.stages, codes, strict=True)
         ),
-        programs=tuple(parse_program(program) for program in lines),
+        programs=tuple(map(parse_program, programs["programs"])),
+        evaluation=tuple(map(parse_program, programs["evaluation"])),
     )
     validate_references(plan, source=source)
     return plan
@@ -88,10 +103,17 @@ def write_plan(plan: Plan, path: str | Path) -> None:
     """Write the plan file, whole or not at all.
 
     Raises:
-        PlanFileError: the plan is too large, or the file cannot be written.
+        PlanFileError: the plan is too large or holds what is no text, or the file cannot be
+            written.
     """
     path = Path(path)
-    content = print_plan(plan).encode()
+    try:
+        content = print_plan(plan).encode()
+    except UnicodeEncodeError as error:
+        raise PlanFileError(
+            f"the plan cannot be written: it holds {error.object[:60]!r}, which is no Unicode text",
+            hint="rename the layer, parameter or batch key",
+        ) from None
     if len(content) > MAX_PLAN_BYTES:
         raise PlanFileError(
             f"the plan takes {len(content)} bytes, more than the {MAX_PLAN_BYTES} a file may have",
@@ -117,7 +139,7 @@ def read_plan(path: str | Path) -> Plan:
     """Read a plan file.
 
     Raises:
-        PlanFileError: it is missing, too large, not text, or refused by `parse_plan`.
+        PlanFileError: it is missing, too large, or refused by `parse_plan`.
     """
     path = Path(path)
     try:
@@ -131,16 +153,14 @@ def read_plan(path: str | Path) -> Plan:
                 f"{path} has {size} bytes; a plan has at most {MAX_PLAN_BYTES}",
                 hint="give the .plan.yaml file that lga-plan wrote",
             )
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise PlanFileError(
             f"cannot read {path}: {error.strerror}", hint="make a plan with lga-plan MODEL --gpus N"
         ) from None
-    except UnicodeDecodeError:
-        raise PlanFileError(
-            f"{path} is not text", hint="give the .plan.yaml file that lga-plan wrote"
-        ) from None
-    return parse_plan(text, source=str(path))
+    if b"\r" in content:  # line ends of another system
+        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return _parse(content, str(path))
 
 
 def _list_of(value: Any, kind: type, name: str, source: str) -> list[Any]:
@@ -161,6 +181,8 @@ def _reason(error: Exception) -> str:
 
 def _plain(value: Any) -> Any:
     """Tuples as lists, which is what YAML gives back, and a line for each key."""
+    if isinstance(value, StrEnum):
+        return value.value
     if isinstance(value, dict):
         return Section((key, _plain(item)) for key, item in value.items())
     if isinstance(value, list | tuple):

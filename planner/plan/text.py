@@ -7,6 +7,9 @@ buffers read, and, behind the arrow, the buffers written. This module knows the 
 know what an instruction means, nor whether the program makes sense.
 """
 
+import re
+from functools import lru_cache
+from sys import intern
 from urllib.parse import quote, unquote
 
 from planner.errors import PlanFileError
@@ -25,22 +28,26 @@ __all__ = [
 _OPCODES = {opcode.value: opcode for opcode in Opcode}
 _SAFE = "!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 """Printable ASCII that may stand in a name as it is: all but the blank and the percent sign."""
+_MAX_CHARACTERS = 1_000_000
+"""Of a line: an instruction that names ten thousand buffers has fewer."""
+_LINE = re.compile(
+    r"(\S+) +([A-Z_]+) +(?:stage ([0-9]{1,18}) )?(?:micro_batch ([0-9]{1,18}) )?"
+    r"(?:unit (\S+) )?(?:peer ([0-9]{1,18}) )?:(?: (.*))?"
+)
 
 
 def print_instruction(instruction: Instruction) -> str:
     """One line; names with blanks or other rare characters are percent-encoded."""
-    about = [
-        f"{key} {value}"
-        for key, value in (
-            ("stage", instruction.stage),
-            ("micro_batch", instruction.micro_batch),
-            ("unit", None if instruction.unit is None else _word(instruction.unit)),
-            ("peer", instruction.peer),
-        )
-        if value is not None
-    ]
-    words = [f"{_word(instruction.stream):<8} {instruction.opcode.value:<12}", *about, ":"]
-    words += map(_word, instruction.reads)
+    line = f"{_word(instruction.stream):<8} {instruction.opcode.value:<12} "
+    if instruction.stage is not None:
+        line += f"stage {instruction.stage} "
+    if instruction.micro_batch is not None:
+        line += f"micro_batch {instruction.micro_batch} "
+    if instruction.unit is not None:
+        line += f"unit {_word(instruction.unit)} "
+    if instruction.peer is not None:
+        line += f"peer {instruction.peer} "
+    words = [line + ":", *map(_word, instruction.reads)]
     if instruction.writes:
         words += ["->", *map(_word, instruction.writes)]
     return " ".join(words)
@@ -52,34 +59,25 @@ def parse_instruction(line: str) -> Instruction:
     Raises:
         PlanFileError: the line is not an instruction.
     """
-    words = line.split()
+    found = _LINE.fullmatch(line) if len(line) <= _MAX_CHARACTERS else None
+    opcode = _OPCODES.get(found[2]) if found else None
+    if found is None or opcode is None:
+        raise _bad(line)
+    stream, _, stage, micro_batch, unit, peer, buffers = found.groups()
+    reads, _, writes = f" {buffers or ''}".partition(" -> ")
     try:
-        colon = words.index(":")
-        stream, opcode = words[:2]
-        about = dict(zip(words[2:colon:2], words[3:colon:2], strict=True))
-        buffers = [_name(word) for word in words[colon + 1 :]]
-        arrow = words.index("->", colon) - colon - 1 if "->" in words[colon:] else len(buffers)
-        unit = about.pop("unit", None)
-        numbers = {key: _number(value) for key, value in about.items()}
-        if len(numbers) * 2 + (0 if unit is None else 2) != colon - 2:
-            raise ValueError("a word stands twice")
         return Instruction(
-            opcode=_OPCODES[opcode],
+            opcode=opcode,
             stream=_name(stream),
+            stage=None if stage is None else int(stage),
+            micro_batch=None if micro_batch is None else int(micro_batch),
             unit=None if unit is None else _name(unit),
-            stage=numbers.pop("stage", None),
-            micro_batch=numbers.pop("micro_batch", None),
-            peer=numbers.pop("peer", None),
-            reads=tuple(buffers[:arrow]),
-            writes=tuple(buffers[arrow + 1 :]),
-            **numbers,  # an unknown word is a TypeError
+            peer=None if peer is None else int(peer),
+            reads=_names(reads),
+            writes=_names(writes),
         )
-    except (ValueError, KeyError, TypeError):
-        raise PlanFileError(
-            f"the plan holds the line {line[:120]!r}, which is not an instruction "
-            "(stream, opcode, what it is about, colon, buffers read, arrow, buffers written)",
-            hint="make the plan again with lga-plan",
-        ) from None
+    except ValueError:  # of a percent sign before what is no character
+        raise _bad(line) from None
 
 
 def print_program(program: tuple[Instruction, ...]) -> str:
@@ -110,21 +108,29 @@ def parse_code(text: str) -> tuple[Statement, ...]:
     return tuple(parse_statement(line) for line in text.split("\n") if line)
 
 
+@lru_cache(maxsize=1 << 16)
 def _word(name: str) -> str:
-    if name.isascii() and name.isidentifier():
-        return name
     if name in (":", "->", ""):
         return "%" + "".join(f"{ord(letter):02X}%" for letter in name).removesuffix("%")
     return quote(name, safe=_SAFE)
 
 
+def _names(words: str) -> tuple[str, ...]:
+    """Names of buffers; interned, because each stands in several instructions."""
+    if "%" in words:
+        return tuple(map(_name, words.split()))
+    return tuple(map(intern, words.split()))
+
+
 def _name(word: str) -> str:
     if "%" not in word:
-        return word
+        return intern(word)
     return "" if word == "%" else unquote(word, errors="strict")
 
 
-def _number(word: str) -> int:
-    if not (word.isascii() and word.isdigit()):
-        raise ValueError(word)
-    return int(word)
+def _bad(line: str) -> PlanFileError:
+    return PlanFileError(
+        f"the plan holds the line {line[:120]!r}, which is not an instruction "
+        "(stream, opcode, what it is about, colon, buffers read, arrow, buffers written)",
+        hint="make the plan again with lga-plan",
+    )

@@ -1,8 +1,10 @@
 """The Plan: the static instruction program of every pipeline rank, and all it refers to.
 
-An instruction belongs to a stream and names the buffers that it reads and writes. Streams run
-beside each other; an instruction starts when its predecessor in its stream and the last
-conflicting uses of its buffers are done. Nothing else orders them.
+How a program runs (docs/decisions/0011). A rank issues its instructions in order. One is issued
+when all before it have been issued, every compute instruction before it is over, and the
+conflicting uses of its buffers before it are over (it waits for the last writer of what it reads,
+and for the last writer and the readers since of what it writes). It runs when its predecessor in
+its stream is over as well, beside whatever else is running. Nothing else orders anything.
 
 Buffer names
     <tensor>.<m>            boundary tensor of micro-batch m (a stage's input or output)
@@ -10,60 +12,104 @@ Buffer names
     batch:<key>.<m>         one key of the batch
     saved:<stage>.<m>       what forward keeps for backward
     loss.<m>                loss of micro-batch m
-    shard:<unit>            this rank's own part of a unit's weights and optimizer state
-    weights:<pool>.<i>      gather buffer i of a pool; `weights:<unit>` where nothing is partitioned
+    shard:<unit>            this rank's own part of a unit's weights
+    moments:<unit>          what the optimizer keeps for that part
+    weights:<pool>.<i>      gather buffer i of a pool; `weights:<unit>` where weights stay in place
     sum:<pool>.<i>          gradient accumulation buffer i of a pool
     part:<unit>.<m>         gradient of a tied unit for one micro-batch (kept for exact order)
     reduced:<unit>          this rank's part of the gradient reduced over replicas
+    finite, scale           verdict of CHECK_FINITE; factor that CLIP found
+    host:<buffer>           the buffer's copy in host memory
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from planner.cluster.types import Cluster
-from planner.graph import ParameterSpec, TensorSpec
+from planner.graph import DTYPE_BYTES, ParameterSpec, TensorSpec
 from planner.plan.code import Statement
+from planner.schedules import Schedule
 
-__all__ = ["Instruction", "Opcode", "Plan", "PlanOptions", "Prediction", "StagePlan", "Unit"]
+__all__ = [
+    "Buffer",
+    "Instruction",
+    "Opcode",
+    "Plan",
+    "PlanOptions",
+    "Prediction",
+    "StagePlan",
+    "Unit",
+]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Opcode(StrEnum):
-    """Every instruction, with what it does."""
+    """Every instruction, in pseudo-code. `need` is what its buffers must hold when it starts; an
+    instruction reads and writes the buffers of its pseudo-code and no others.
+    """
 
     LOAD = "LOAD"
-    """batch:<key>.<m> = rows m*b .. (m+1)*b of the replica's batch, for each key written"""
-    GATHER = "GATHER"
-    """weights:<buffer> = concatenation over replicas of shard:<unit>"""
-    RELEASE = "RELEASE"
-    """weights:<buffer> no longer holds the unit; its memory may be taken by another"""
-    RECEIVE = "RECEIVE"
-    """written buffer = what the peer's matching SEND reads"""
-    SEND = "SEND"
-    """the peer's matching RECEIVE = read buffer"""
-    FORWARD = "FORWARD"
-    """outputs, saved = stage(inputs; weights); with recompute, saved is not written"""
-    RECOMPUTE = "RECOMPUTE"
-    """saved = stage(inputs; weights), with the random keys of the FORWARD"""
-    BACKWARD = "BACKWARD"
-    """input gradients = backward(saved, output gradients); sum += parameter gradients"""
-    REDUCE = "REDUCE"
-    """reduced:<unit> = my part of the sum over replicas of sum:<buffer>"""
-    REDUCE_TIED = "REDUCE_TIED"
-    """reduced:<unit> = sum over the pipeline ranks that share the unit, equal on all of them"""
-    UPDATE = "UPDATE"
-    """shard:<unit> = optimizer(shard:<unit>, reduced:<unit>)"""
+    """copy.in. for each written batch:<key>.<m>:
+        it = rows m*b .. (m+1)*b of the replica's batch"""
     FETCH = "FETCH"
-    """(reserved) bring offloaded bytes to the device"""
+    """copy.in. need host:<x> written
+        <x> = host:<x>"""
     EVICT = "EVICT"
-    """(reserved) move bytes off the device"""
+    """copy.out. need <x> written
+        host:<x> = <x>; <x> itself stays until it is released"""
+    GATHER = "GATHER"
+    """data, every replica. need shard:<unit> not updated yet
+        weights:<pool>.<i> = shards of all replicas, one after the other"""
+    RELEASE = "RELEASE"
+    """compute. need weights:<pool>.<i> holds <unit>, or another <x> that may be evicted, written
+        it holds nothing, and its memory may be taken
+    As it writes what an EVICT reads, it waits for the copy: so memory that leaves is bounded."""
+    RECEIVE = "RECEIVE"
+    """from.<peer>, together with the peer's SEND that is as far down its stream.
+        written buffer = what that SEND reads: the same name, shape and dtype"""
+    SEND = "SEND"
+    """to.<peer>, together with the peer's RECEIVE that is as far down its stream."""
+    FORWARD = "FORWARD"
+    """compute. need inputs, batch keys, and the weights of the stage's units
+        outputs, saved = stage(inputs, batch; weights)
+    Without a write of `saved` (recompute, evaluation) nothing is kept for backward."""
+    RECOMPUTE = "RECOMPUTE"
+    """compute. need what FORWARD needs
+        saved = stage(inputs, batch; weights), with the random keys of the FORWARD"""
+    BACKWARD = "BACKWARD"
+    """compute. need saved, the stage's kept tensors (no recompute), weights, and the gradient of
+    each output and input that later stages have added to
+        gradients of inputs = backward(saved, gradients of outputs) + what later stages added
+        sum:<pool>.<i> of each trainable unit += its gradient; where it is not read, = its gradient
+    For an exact unit: its part joins part:<unit>.<m> of later stages and is written to it, or at
+    the unit's first stage to the sum."""
+    BACKWARD_INPUT = "BACKWARD_INPUT"
+    """compute. The first half of BACKWARD: gradients of inputs only."""
+    BACKWARD_WEIGHT = "BACKWARD_WEIGHT"
+    """compute. The second half: gradients of units only, from saved, kept tensors, weights and
+    the gradients of the outputs, all as BACKWARD_INPUT found them."""
+    REDUCE = "REDUCE"
+    """data, every replica. need sum:<pool>.<i> of the unit
+        reduced:<unit> (+)= my part of the sum over replicas of sum:<pool>.<i>
+    It adds where it also reads reduced:<unit>. The sum is then spent."""
+    REDUCE_TIED = "REDUCE_TIED"
+    """data, every pipeline rank of the unit. need reduced:<unit>, or with one replica the sum
+        reduced:<unit> = its sum over those ranks, equal on all of them"""
     CHECK_FINITE = "CHECK_FINITE"
-    """(reserved) stop the update everywhere if a gradient is not finite"""
+    """data, every rank. need all gradients that UPDATE will read
+        finite = whether every element of them is finite, on every rank"""
     CLIP = "CLIP"
-    """(reserved) scale gradients to the global norm"""
+    """data, every rank. need all gradients that UPDATE will read
+        scale = min(1, clip_norm / their norm over the whole model), tied units counted once"""
+    UPDATE = "UPDATE"
+    """compute. need the unit's whole gradient, shard and moments; finite and scale where made
+        if finite: shard, moments = optimizer(shard, moments, scale * gradient)
+    and, where weights stay in place, weights:<unit> too. The gradient is then spent."""
     SAVE = "SAVE"
-    """(reserved) write a checkpoint"""
+    """copy.out. need shard:<unit> and moments:<unit> after their UPDATE
+        host:shard:<unit>, host:moments:<unit> = they, as this step's checkpoint"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +118,8 @@ class Instruction:
 
     opcode: Opcode
     stream: str
-    """`compute`, `data`, `copy`, or `to.<peer>` / `from.<peer>`: the pipeline's own streams, one
-    per peer and direction, so that no transfer waits behind another pair's."""
+    """`compute`, `data`, `copy.in`, `copy.out`, or `to.<peer>` / `from.<peer>`: the pipeline's own
+    streams, one per peer and direction, so that no transfer waits behind another pair's."""
     stage: int | None = None
     micro_batch: int | None = None
     unit: str | None = None
@@ -82,6 +128,20 @@ class Instruction:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     """A buffer that is both read and written (accumulation) stands in both."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    """What a rank's buffer can hold. Buffers of a micro-batch share one entry, without `.<m>`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Pools: (elements of the largest unit they take, padded). `saved`: (bytes,) of uint8."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +185,14 @@ class StagePlan:
     batch_keys: tuple[str, ...]
     units: tuple[str, ...]
     mutated_inputs: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    """Inputs, outputs and batch keys that backward reads besides what the stage saves."""
     forward_seconds: float = 0.0
     """Predicted for one micro-batch."""
     backward_seconds: float = 0.0
     """Predicted for one micro-batch, recompute not included."""
+    backward_weight_seconds: float = 0.0
+    """The part of it that BACKWARD_WEIGHT takes."""
     saved_bytes: int = 0
     """Kept from forward (or recompute) to backward for one micro-batch, less boundary tensors."""
     forward_transient_bytes: int = 0
@@ -150,6 +214,12 @@ class PlanOptions:
     """Of parameter initialisation, dropout keys and data order."""
     optimizer_slots: int = 2
     """Tensors per parameter that the optimizer keeps (AdamW: 2), for memory."""
+    check_finite: bool = False
+    """Update nothing in a step with a gradient that is not finite."""
+    clip_norm: float | None = None
+    """Largest norm of the whole model's gradient; updates wait for it at the end of the step."""
+    save: bool = False
+    """Leave a complete checkpoint in host memory after every step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +248,10 @@ class Plan:
     micro_batch_size: int
     num_micro_batches: int
     partition: int
+    """0: every replica holds the whole state; 3: weights, gradients and optimizer are sharded."""
+    offload_state: bool
+    """Shards and moments live in host memory, and come to the device when they are used."""
+    schedule: Schedule
     layer_names: tuple[str, ...]
     """Every layer of the model, in order: rule 1 compares the stages with it."""
     batch: tuple[TensorSpec, ...]
@@ -191,11 +265,20 @@ class Plan:
     prediction: Prediction | None
     programs: tuple[tuple[Instruction, ...], ...]
     """One per pipeline rank, in issue order; replicas share them."""
+    evaluation: tuple[tuple[Instruction, ...], ...]
+    """The same for a forward pass without backward; empty in a plan that is one itself."""
+    buffers: tuple[tuple[Buffer, ...], ...]
+    """Per pipeline rank: every buffer that its programs name."""
 
     @property
     def backend(self) -> str:
         """torch.distributed's backend: `nccl` or `gloo`."""
         return self.cluster.backend
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights are gathered into pools rather than kept in place."""
+        return self.partition == 3 or self.offload_state
 
     @property
     def num_stages(self) -> int:
@@ -212,6 +295,10 @@ class Plan:
     @property
     def global_batch_size(self) -> int:
         return self.num_replicas * self.replica_batch_size
+
+    def forward_only(self) -> "Plan":
+        """The plan of an evaluation: the same stages without backward."""
+        return replace(self, schedule=Schedule.FORWARD, programs=self.evaluation, evaluation=())
 
     def world_rank(self, pipeline_rank: int, replica: int) -> int:
         """Replicas innermost."""

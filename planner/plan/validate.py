@@ -5,16 +5,24 @@ not know the rules of the layered order: that is `planner.check`.
 """
 
 from collections.abc import Container, Iterable, Iterator
+from dataclasses import astuple
 
 from planner.errors import PlanFileError
 from planner.graph import DTYPE_BYTES
+from planner.plan.limits import limit_problems
+from planner.plan.names import buffer_key, kind_of, stream_of
 from planner.plan.types import Instruction, Opcode, Plan
 
 __all__ = ["validate_references"]
 
-_COMPUTE = (Opcode.FORWARD, Opcode.RECOMPUTE, Opcode.BACKWARD)
+_COMPUTE = (
+    Opcode.FORWARD, Opcode.RECOMPUTE,
+    Opcode.BACKWARD, Opcode.BACKWARD_INPUT, Opcode.BACKWARD_WEIGHT,
+)  # fmt: skip
 _TRANSFER = (Opcode.SEND, Opcode.RECEIVE)
-_OF_UNIT = (Opcode.GATHER, Opcode.RELEASE, Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.UPDATE)
+_OF_UNIT = (
+    Opcode.GATHER, Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.UPDATE, Opcode.SAVE
+)  # fmt: skip
 
 
 def validate_references(plan: Plan, *, source: str = "plan") -> None:
@@ -32,11 +40,13 @@ def _problems(plan: Plan) -> Iterator[str]:
     yield from _table_problems(plan)
     yield from _cluster_problems(plan)
     yield from _buffer_problems(plan)
+    yield from limit_problems(plan)
     units = {unit.name for unit in plan.units}
-    for rank, program in enumerate(plan.programs):
-        for index, instruction in enumerate(program):
-            for problem in _instruction_problems(plan, units, rank, instruction):
-                yield f"instruction {index} of pipeline rank {rank}: {problem}"
+    for name, programs in (("", plan.programs), ("evaluation ", plan.evaluation)):
+        for rank, program in enumerate(programs):
+            for index, instruction in enumerate(program):
+                if problem := _instruction_problem(plan, units, rank, instruction):
+                    yield f"{name}instruction {index} of pipeline rank {rank}: {problem}"
 
 
 def _count_problems(plan: Plan) -> Iterator[str]:
@@ -47,6 +57,10 @@ def _count_problems(plan: Plan) -> Iterator[str]:
             yield f"{name} is {getattr(plan, name)}, less than 1"
     if len(plan.programs) != plan.num_pipeline_ranks:
         yield f"{len(plan.programs)} programs for {plan.num_pipeline_ranks} pipeline ranks"
+    if plan.evaluation and len(plan.evaluation) != plan.num_pipeline_ranks:
+        yield f"{len(plan.evaluation)} evaluation programs for {plan.num_pipeline_ranks} ranks"
+    if len(plan.buffers) != plan.num_pipeline_ranks:
+        yield f"{len(plan.buffers)} tables of buffers for {plan.num_pipeline_ranks} ranks"
     if plan.world_size > plan.cluster.num_devices:
         yield f"{plan.world_size} ranks on a cluster of {plan.cluster.num_devices} devices"
     if plan.prediction and len(plan.prediction.peak_bytes) != plan.num_pipeline_ranks:
@@ -61,27 +75,45 @@ def _cluster_problems(plan: Plan) -> Iterator[str]:
     for device in (host.device for host in hosts):
         if not (device.memory_bandwidth > 0 and device.memory_efficiency > 0):
             yield f"device {device.name} has no memory bandwidth"
+        rates = [device.host_bandwidth] if device.host_bandwidth is not None else []
+        if not (min(rates, default=1.0) > 0 and device.instruction_overhead_seconds >= 0):
+            yield f"device {device.name} has an impossible host bandwidth or overhead"
+        sizes = astuple(device.allocator) if device.allocator is not None else (1,)
+        if min(sizes) < 1:
+            yield f"device {device.name} has an allocator of impossible sizes"
+    for host in hosts:
+        if host.adapter_bandwidth is not None and not host.adapter_bandwidth > 0:
+            yield "a host has adapters without bandwidth"
 
 
 def _buffer_problems(plan: Plan) -> Iterator[str]:
-    """Buffers whose name does not tell what they hold."""
+    """Buffers that a rank's table lacks, or whose name does not tell what they hold."""
     tensors, units = {tensor.name for tensor in plan.tensors}, {unit.name for unit in plan.units}
     known: dict[str, Container[str]] = {
-        "": tensors | {"loss"},
+        "": tensors | {"loss", "finite", "scale"},
         "gradient": tensors,
         "batch": {key.name for key in plan.batch},
         "saved": {str(stage.index) for stage in plan.stages},
-        "part": units,
-        "shard": units,
-        "reduced": units,
+        **dict.fromkeys(("part", "shard", "moments", "reduced"), units),
     }
-    pools = ("weights", "sum")
-    for program in plan.programs:
-        for buffer in {b for i in program for b in (*i.reads, *i.writes)}:
-            kind, _, rest = buffer.rpartition(":")
-            name = rest if kind in ("shard", "reduced") else rest.rpartition(".")[0]
-            if kind not in pools and name not in known.get(kind, ()):
-                yield f"buffer {buffer} names nothing that the plan holds"
+    for rank, table in enumerate(plan.buffers):
+        for buffer in table:
+            kind = kind_of(buffer.name.removeprefix("host:"))
+            name = buffer.name.removeprefix("host:").removeprefix(f"{kind}:")
+            if kind not in ("weights", "sum") and name not in known.get(kind, ()):
+                yield f"buffer {buffer.name} names nothing that the plan holds"
+            if buffer.dtype not in DTYPE_BYTES:
+                yield f"buffer {buffer.name} has the unknown type {buffer.dtype!r}"
+            if min(buffer.shape, default=0) < 0:
+                yield f"buffer {buffer.name} has a negative size"
+        keys = {buffer.name for buffer in table}
+        if len(keys) != len(table):
+            yield f"two buffers of pipeline rank {rank} have one name"
+        for programs in (plan.programs, plan.evaluation):
+            program = programs[rank] if rank < len(programs) else ()
+            for name in {b for i in program for b in (*i.reads, *i.writes)}:
+                if buffer_key(name) not in keys:
+                    yield f"pipeline rank {rank} has no buffer {name}"
 
 
 def _table_problems(plan: Plan) -> Iterator[str]:
@@ -115,6 +147,8 @@ def _table_problems(plan: Plan) -> Iterator[str]:
             yield f"{what} has a negative size"
         if not (0 <= stage.forward_seconds < 1e9 and 0 <= stage.backward_seconds < 1e9):
             yield f"{what} has an impossible duration"
+        if not 0 <= stage.backward_weight_seconds <= stage.backward_seconds:
+            yield f"{what} has a backward of weights that takes longer than its backward"
     for unit in plan.units:
         what = f"unit {unit.name}"
         if unit.num_elements < 0 or not unit.stages or not unit.ranks:
@@ -124,31 +158,40 @@ def _table_problems(plan: Plan) -> Iterator[str]:
         yield from _missing(what, "parameter", unit.parameters, parameters)
 
 
-def _instruction_problems(
-    plan: Plan, units: set[str], rank: int, instruction: Instruction
-) -> Iterator[str]:
-    opcode, what = instruction.opcode, instruction.opcode.value
-    if opcode in _COMPUTE or instruction.stage is not None:
-        yield from _missing(what, "stage", [instruction.stage], range(plan.num_stages))
-    if opcode in _COMPUTE or instruction.micro_batch is not None:
-        micro_batches = range(plan.num_micro_batches)
-        yield from _missing(what, "micro-batch", [instruction.micro_batch], micro_batches)
-    if opcode in _OF_UNIT:
-        yield from _missing(what, "unit", [instruction.unit], units)
-        num_buffers = (len(instruction.reads), len(instruction.writes))
-        if opcode is not Opcode.UPDATE and num_buffers != (1, int(opcode is not Opcode.RELEASE)):
-            yield f"{what} reads {num_buffers[0]} buffers and writes {num_buffers[1]}"
+def _instruction_problem(
+    plan: Plan, units: Container[str], rank: int, instruction: Instruction
+) -> str:
+    """What is wrong with one instruction, if anything; called for each, so plain."""
+    opcode, stage, micro_batch = instruction.opcode, instruction.stage, instruction.micro_batch
+    unit, peer, found = instruction.unit, instruction.peer, ""
+    needs_stage = opcode in _COMPUTE
+    if needs_stage if stage is None else not 0 <= stage < len(plan.stages):
+        found = f"refers to stage {stage!r}, which the plan does not hold"
+    elif (
+        needs_stage or opcode is Opcode.LOAD
+        if micro_batch is None
+        else not 0 <= micro_batch < plan.num_micro_batches
+    ):
+        found = f"refers to micro-batch {micro_batch!r}, which the plan does not hold"
+    elif opcode in _OF_UNIT if unit is None else unit not in units:
+        found = f"refers to unit {unit!r}, which the plan does not hold"
     elif opcode in _TRANSFER:
-        peers = set(range(plan.num_pipeline_ranks)) - {rank}
-        yield from _missing(what, "peer", [instruction.peer], peers)
-        buffers = instruction.reads if opcode is Opcode.SEND else instruction.writes
-        if len(buffers) != 1:
-            yield f"{what} names {len(buffers)} buffers instead of one"
-        for buffer in buffers:
-            if ":" in buffer.removeprefix("gradient:") or buffer.startswith("loss."):
-                yield f"{what} moves {buffer}, which is no tensor between stages"
-    elif opcode not in (*_COMPUTE, Opcode.LOAD):
-        yield f"{what} is reserved for a later version"
+        found = _transfer_problem(plan, rank, instruction)
+    if not found and instruction.stream != (wanted := stream_of(opcode, peer)):
+        found = f"is on stream {instruction.stream}, but belongs on {wanted}"
+    return f"{opcode.value} {found}" if found else ""
+
+
+def _transfer_problem(plan: Plan, rank: int, instruction: Instruction) -> str:
+    peer, reads, writes = instruction.peer, instruction.reads, instruction.writes
+    if peer is None or not 0 <= peer < plan.num_pipeline_ranks or peer == rank:
+        return f"refers to peer {peer!r}, which the plan does not hold"
+    buffers = reads if instruction.opcode is Opcode.SEND else writes
+    if len(reads) + len(writes) != 1 or len(buffers) != 1:
+        return f"moves {(*reads, *writes)}, not one buffer"
+    if kind_of(buffers[0]) not in ("", "gradient") or buffers[0].startswith("loss."):
+        return f"moves {buffers[0]}, which is no tensor between stages"
+    return ""
 
 
 def _missing(

@@ -1,5 +1,6 @@
 """Plans and timelines for people: tables, text timelines, files for other viewers."""
 
+from planner.report.measured import measured_table
 from planner.report.quantities import bytes_text, count_text, parse_bytes, seconds_text
 from planner.report.tables import (
     candidate_table,
@@ -16,6 +17,7 @@ __all__ = [
     "bytes_text",
     "candidate_table",
     "count_text",
+    "measured_table",
     "memory_table",
     "parse_bytes",
     "placement_table",

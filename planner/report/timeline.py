@@ -12,7 +12,14 @@ from planner.timeline import Timeline
 
 __all__ = ["timeline_rows"]
 
-_STYLES = {Opcode.FORWARD: "green", Opcode.RECOMPUTE: "yellow", Opcode.BACKWARD: "blue"}
+_STYLES = {
+    Opcode.FORWARD: "green",
+    Opcode.RECOMPUTE: "yellow",
+    Opcode.BACKWARD: "blue",
+    Opcode.BACKWARD_INPUT: "blue",
+    Opcode.BACKWARD_WEIGHT: "magenta",
+}
+_SIGNS = {Opcode.RECOMPUTE: "+", Opcode.BACKWARD_WEIGHT: "="}
 _IDLE = "."
 
 
@@ -51,12 +58,14 @@ def _legend(plan: Plan, head: int, columns: int, end: str) -> list[Text]:
     if plan.num_stages > 26:
         words += ", again from a after z"
     more = ["+: recomputation"] if any(stage.recompute for stage in plan.stages) else []
+    opcodes = {instruction.opcode for instruction in plan.programs[0]}
+    more += ["=: weight gradients"] if Opcode.BACKWARD_WEIGHT in opcodes else []
     lines = ["0".ljust(columns - len(end)) + end, words, "; ".join([*more, ".: waiting"])]
     return [Text(" " * head + line, style="dim") for line in lines]
 
 
 def _letter(opcode: Opcode, stage: int) -> str:
-    if opcode is Opcode.RECOMPUTE:
-        return "+"
+    if opcode in _SIGNS:
+        return _SIGNS[opcode]
     letter = chr(ord("a") + stage % 26)
-    return letter.upper() if opcode is Opcode.BACKWARD else letter
+    return letter if opcode is Opcode.FORWARD else letter.upper()

@@ -1,60 +1,166 @@
-"""How long each instruction takes, and over which link it goes.
+"""What each task takes: seconds of its own, or bytes over a path that others may share.
 
-Compute takes what the plan's stages predict, collectives and updates what `planner.cost` says for
-the unit's bytes. Replicas are alike, so replica 0 stands for all of them; a collective over
-replicas goes at the pace of its slowest link. This module does not know when anything starts.
+Compute takes what the plan's stages predict; updates, copies and reads what `planner.cost` says for
+the bytes. Replicas are alike, so one stands for all; what waits for all of them goes at the pace of
+the slowest device. This module does not know when anything starts.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from planner.cluster.types import Cluster, Link
-from planner.cost import (
-    all_reduce_seconds,
-    gather_seconds,
-    reduce_scatter_seconds,
-    update_seconds,
-)
+from planner.cluster.types import Cluster, Device
+from planner.cost import copy_seconds, read_seconds, update_seconds
 from planner.graph import DTYPE_BYTES
+from planner.plan.dependencies import Cell, PartialOrder
+from planner.plan.names import buffer_key
 from planner.plan.types import Instruction, Opcode, Plan, Unit
+from planner.simulate.links import Links, Path
 
-__all__ = ["Durations"]
+__all__ = ["Durations", "Work"]
+
+_COPIES = (Opcode.LOAD, Opcode.FETCH, Opcode.EVICT, Opcode.SAVE)
+_VERDICT_BYTES = 8
+"""Of CHECK_FINITE or CLIP: one number, added up over all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one task takes."""
+
+    seconds: float = 0.0
+    path: Path | None = None
+    """Where it moves bytes that others' bytes can slow; the seconds then follow from those."""
+    num_bytes: float = 0.0
+    """Out of each member of the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Durations:
-    """Look-up of durations and sizes for one plan on one cluster."""
+    """Look-up of the work of one plan's tasks on one cluster."""
 
     plan: Plan
     cluster: Cluster
 
-    def seconds(self, rank: int, instruction: Instruction) -> float:
-        """Duration of anything but SEND and RECEIVE."""
-        match instruction.opcode:
-            case Opcode.FORWARD | Opcode.RECOMPUTE:
-                return self.plan.stages[instruction.stage or 0].forward_seconds
-            case Opcode.BACKWARD:
-                return self.plan.stages[instruction.stage or 0].backward_seconds
-            case Opcode.GATHER | Opcode.REDUCE | Opcode.REDUCE_TIED | Opcode.UPDATE:
-                key = (rank, instruction.opcode, instruction.unit or "")
-                if key not in self._of_units:
-                    self._of_units[key] = self._unit_seconds(*key)
-                return self._of_units[key]
-            case _:
-                return 0.0
+    @cached_property
+    def links(self) -> Links:
+        return Links(
+            cluster=self.cluster,
+            num_replicas=self.plan.num_replicas,
+            num_pipeline_ranks=self.plan.num_pipeline_ranks,
+        )
 
-    def link(self, rank: int, peer: int) -> Link:
-        """The link between two pipeline ranks of one replica."""
-        world = self.plan.world_rank
-        return self.cluster.link(world(rank, 0), world(peer, 0))
+    def works(self, order: PartialOrder) -> list[Work]:
+        """Per task. Tasks that take the same share one object."""
+        programs = self.plan.programs
+        known: dict[tuple[object, ...], Work] = {}
+        found = []
+        for cells in order.members:
+            rank, index = cells[0]
+            instruction = programs[rank][index]
+            opcode, key = instruction.opcode, (rank, instruction.stage, instruction.unit)
+            what: tuple[object, ...]
+            if opcode is Opcode.SEND:
+                what = (rank, instruction.peer, _tensor(instruction.reads[0]))
+            elif opcode in _COPIES:
+                what = (opcode, *key, tuple(map(buffer_key, instruction.writes)))
+            else:
+                what = (opcode, *key)
+            work = known.get(what)
+            if work is None:
+                work = known[what] = self._work(cells, instruction)
+            found.append(work)
+        return found
 
     def tensor_bytes(self, buffer: str) -> int:
         """Bytes of a boundary tensor or its gradient, by buffer name."""
-        return self._tensors[buffer.removeprefix("gradient:").rpartition(".")[0]]
+        return self._tensors[_tensor(buffer)]
+
+    def issue_seconds(self, rank: int) -> float:
+        """Host time that a pipeline rank takes to issue one instruction."""
+        return max(device.instruction_overhead_seconds for device in self._devices[rank])
+
+    def _work(self, cells: tuple[Cell, ...], instruction: Instruction) -> Work:
+        rank, stages = cells[0][0], self.plan.stages
+        match instruction.opcode:
+            case Opcode.FORWARD | Opcode.RECOMPUTE:
+                return Work(seconds=stages[instruction.stage or 0].forward_seconds)
+            case Opcode.BACKWARD:
+                return Work(seconds=stages[instruction.stage or 0].backward_seconds)
+            case Opcode.BACKWARD_INPUT:
+                stage = stages[instruction.stage or 0]
+                return Work(seconds=stage.backward_seconds - stage.backward_weight_seconds)
+            case Opcode.BACKWARD_WEIGHT:
+                return Work(seconds=stages[instruction.stage or 0].backward_weight_seconds)
+            case Opcode.SEND:
+                num_bytes = self.tensor_bytes(instruction.reads[0])
+                return Work(path=self.links.transfer(rank, cells[1][0]), num_bytes=num_bytes)
+            case Opcode.LOAD | Opcode.FETCH | Opcode.EVICT | Opcode.SAVE:
+                return Work(seconds=self._host_seconds(rank, instruction))
+            case Opcode.GATHER | Opcode.REDUCE | Opcode.REDUCE_TIED | Opcode.UPDATE:
+                return self._unit_work(rank, instruction)
+            case Opcode.CHECK_FINITE | Opcode.CLIP:
+                return Work(seconds=self._verdict_seconds(cells))
+        return Work()
+
+    def _unit_work(self, rank: int, instruction: Instruction) -> Work:
+        unit, replicas = self._units[instruction.unit or ""], self.plan.num_replicas
+        part = -(-unit.num_elements // replicas) if self.plan.partition else unit.num_elements
+        element_bytes = DTYPE_BYTES[unit.dtype]
+        leaving = unit.num_elements * element_bytes * (replicas - 1) / replicas
+        match instruction.opcode:
+            case Opcode.GATHER if replicas == 1:
+                num_bytes = unit.num_elements * element_bytes
+                return Work(seconds=max(copy_seconds(num_bytes, d) for d in self._devices[rank]))
+            case Opcode.GATHER:
+                path = self.links.over_replicas(rank, leaving, num_passes=1)
+                return Work(path=path, num_bytes=leaving)
+            case Opcode.REDUCE:
+                passes = 1 if self.plan.partition else 2
+                path = self.links.over_replicas(rank, passes * leaving, num_passes=passes)
+                return Work(path=path, num_bytes=passes * leaving)
+            case Opcode.REDUCE_TIED:
+                size = len(unit.ranks)
+                leaving = 2 * part * element_bytes * (size - 1) / size
+                path = self.links.over_ranks(unit.ranks, leaving, num_passes=2)
+                return Work(path=path, num_bytes=leaving)
+        slots = self.plan.options.optimizer_slots
+        return Work(seconds=max(update_seconds(part, d, slots) for d in self._devices[rank]))
+
+    def _host_seconds(self, rank: int, instruction: Instruction) -> float:
+        """A copy between a device and its host's memory: bytes / bandwidth."""
+        bandwidths = [d.host_bandwidth for d in self._devices[rank] if d.host_bandwidth is not None]
+        return self._bytes(rank, instruction.writes) / min(bandwidths, default=float("inf"))
+
+    def _verdict_seconds(self, cells: tuple[Cell, ...]) -> float:
+        """Every rank reads its gradients; a number of each is then added up over all of them."""
+        reading = 0.0
+        for rank, index in cells:
+            num_bytes = self._bytes(rank, self.plan.programs[rank][index].reads)
+            for device in self._devices[rank]:
+                reading = max(reading, read_seconds(num_bytes, device))
+        size = self.plan.world_size
+        leaving = 2 * _VERDICT_BYTES * (size - 1) / size
+        path = self.links.over_all(leaving, num_passes=2)
+        return reading + path.latency_seconds + leaving / path.rate
+
+    def _bytes(self, rank: int, buffers: Iterable[str]) -> int:
+        return sum(self._buffers[rank][buffer_key(buffer)] for buffer in buffers)
 
     @cached_property
-    def _of_units(self) -> dict[tuple[int, Opcode, str], float]:
-        return {}
+    def _buffers(self) -> list[dict[str, int]]:
+        return [{buffer.name: buffer.num_bytes for buffer in rank} for rank in self.plan.buffers]
+
+    @cached_property
+    def _devices(self) -> list[list[Device]]:
+        """Per pipeline rank: the kinds of device that its replicas have."""
+        everyone = [host.device for host in self.cluster.hosts for _ in range(host.num_devices)]
+        found = []
+        for rank in range(self.plan.num_pipeline_ranks):
+            first = self.plan.world_rank(rank, 0)
+            replicas = everyone[first : first + self.plan.num_replicas]
+            found.append(list({id(device): device for device in replicas}.values()))
+        return found
 
     @cached_property
     def _tensors(self) -> dict[str, int]:
@@ -64,23 +170,6 @@ class Durations:
     def _units(self) -> dict[str, Unit]:
         return {unit.name: unit for unit in self.plan.units}
 
-    def _unit_seconds(self, rank: int, opcode: Opcode, name: str) -> float:
-        unit, num_replicas = self._units[name], self.plan.num_replicas
-        world = self.plan.world_rank
-        replicas = tuple(world(rank, replica) for replica in range(num_replicas))
-        whole_bytes = unit.num_elements * DTYPE_BYTES[unit.dtype]
-        part = -(-unit.num_elements // num_replicas) if self.plan.partition else unit.num_elements
-        match opcode:
-            case Opcode.GATHER:
-                link = self.cluster.slowest_link(replicas)
-                return gather_seconds(whole_bytes, num_replicas, link)
-            case Opcode.REDUCE:
-                reduce = reduce_scatter_seconds if self.plan.partition else all_reduce_seconds
-                return reduce(whole_bytes, num_replicas, self.cluster.slowest_link(replicas))
-            case Opcode.REDUCE_TIED:
-                link = self.cluster.slowest_link(tuple(world(p, 0) for p in unit.ranks))
-                part_bytes = part * DTYPE_BYTES[unit.dtype]
-                return all_reduce_seconds(part_bytes, len(unit.ranks), link)
-            case _:
-                device = self.cluster.device(replicas[0])
-                return update_seconds(part, device, self.plan.options.optimizer_slots)
+
+def _tensor(buffer: str) -> str:
+    return buffer.removeprefix("gradient:").rpartition(".")[0]

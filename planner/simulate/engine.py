@@ -1,98 +1,137 @@
 """Discrete events: when each instruction of a plan starts and ends.
 
-A task starts when everything it waits for in the plan's partial order is over; nothing else delays
-it, but for one thing: transfers that leave (or reach) one rank over the same link share it, in the
-order in which they become ready. A transfer holds the link for bytes / bandwidth and arrives one
-latency later. Collectives run beside transfers at full bandwidth: that is the model's optimism.
-Linear in the number of instructions, but for a heap.
+A task starts when everything it waits for in the plan's partial order is over and it has been
+issued; nothing else delays it. Tasks that move bytes between ranks are flows, which share links
+(`sharing`): a flow's bytes leave from its start on, and arrive one latency after the last of them
+has left. What happens at one moment happens in the order of the tasks' numbers, after the flows
+that end then, so that two runs are equal to the last bit. Linear in the number of instructions, but
+for a heap and for flows that meet.
 """
 
 import heapq
+from collections.abc import Iterable, Sequence
 
 from planner.cluster.types import Cluster
-from planner.cost import transfer_seconds
 from planner.errors import CheckError
 from planner.plan.dependencies import PartialOrder, partial_order
 from planner.plan.types import Opcode, Plan
-from planner.simulate.durations import Durations
+from planner.simulate.account import account
+from planner.simulate.durations import Durations, Work
+from planner.simulate.issue import IssueClock
 from planner.simulate.memory import peak_memory
+from planner.simulate.sharing import Flows, Landing
 from planner.simulate.types import Simulation
 from planner.timeline import Event, Timeline
 
 __all__ = ["simulate"]
 
 
-def simulate(plan: Plan, cluster: Cluster | None = None) -> Simulation:
-    """One step of the plan on `cluster` (the plan's own where absent).
+def simulate(
+    plan: Plan, cluster: Cluster | None = None, *, order: PartialOrder | None = None
+) -> Simulation:
+    """One step of the plan.
+
+    Args:
+        cluster: to run on; the plan's own where absent.
+        order: the plan's partial order, where the caller has it already.
 
     Raises:
         CheckError: the plan cannot run to its end: a transfer has one end only, or instructions
             wait for each other.
     """
     durations = Durations(plan=plan, cluster=cluster or plan.cluster)
-    timeline = _run(plan, durations)
-    busy = [0.0] * plan.num_pipeline_ranks
-    last_backward = 0.0
-    for event in timeline.events:
-        instruction = plan.programs[event.rank][event.index]
-        if instruction.stream == "compute":
-            busy[event.rank] += event.end_seconds - event.start_seconds
-        if instruction.opcode is Opcode.BACKWARD:
-            last_backward = max(last_backward, event.end_seconds)
+    if order is None:
+        order = partial_order(plan)
+    if order.mismatches:
+        raise _stuck(order.mismatches[0].message)
+    works = durations.works(order)
+    starts, ends = _run(plan, durations, order, works)
+    step_seconds = max(ends, default=0.0)
+    accounts = account(plan, order, works, starts, ends)
     return Simulation(
-        timeline=timeline,
-        busy_seconds=tuple(busy),
-        tail_seconds=timeline.step_seconds - last_backward,
+        timeline=_timeline(order, starts, ends),
+        busy_seconds=tuple(streams.get("compute", 0.0) for streams in accounts.stream_seconds),
+        tail_seconds=step_seconds - accounts.last_backward_seconds,
         sent_bytes=tuple(
             sum(durations.tensor_bytes(i.reads[0]) for i in program if i.opcode is Opcode.SEND)
             for program in plan.programs
         ),
-        memory=peak_memory(plan),
+        memory=peak_memory(plan, order),
+        stream_seconds=accounts.stream_seconds,
+        exposed_seconds=accounts.exposed_seconds,
+        link_bytes=accounts.link_bytes,
     )
 
 
-def _run(plan: Plan, durations: Durations) -> Timeline:
-    order = partial_order(plan)
-    if order.mismatches:
-        raise _stuck(order.mismatches[0].message)
+def _run(
+    plan: Plan, durations: Durations, order: PartialOrder, works: Sequence[Work]
+) -> tuple[list[float], list[float]]:
+    """Start and end of each task."""
+    num_tasks = len(works)
     followers = order.followers()
+    first, following = followers.starts, followers.items
     waiting = [len(found) for found in order.predecessors]
-    ready_seconds = [0.0] * len(waiting)
-    link_free: dict[tuple[int, str, bool], float] = {}
-    heap = [(0.0, task) for task, number in enumerate(waiting) if number == 0]
-    spans: list[tuple[float, float]] = [(0.0, 0.0)] * len(waiting)
+    starts, ends, ready = [0.0] * num_tasks, [0.0] * num_tasks, [0.0] * num_tasks
+    flows = Flows(capacities=durations.links.capacities)
+    clocks = _issue_clocks(plan, durations, order)
+    # Landings of flows have numbers below 0: they come before what starts at the same moment.
+    heap = [(0.0, task, 0) for task, number in enumerate(waiting) if number == 0]
+    pop, push = heapq.heappop, heapq.heappush
     num_done = 0
+
+    def schedule(landings: Iterable[Landing]) -> None:
+        for seconds, flow, version in landings:
+            push(heap, (seconds, flow - num_tasks, version))
+
     while heap:
-        ready, task = heapq.heappop(heap)
-        num_done += 1
-        rank, index = order.members[task][0]
-        instruction = plan.programs[rank][index]
-        start, end = ready, ready
-        if instruction.opcode is Opcode.SEND:
-            peer = order.members[task][1][0]
-            link = durations.link(rank, peer)
-            leaving, arriving = (rank, link.name, True), (peer, link.name, False)
-            start = max(ready, link_free.get(leaving, 0.0), link_free.get(arriving, 0.0))
-            num_bytes = durations.tensor_bytes(instruction.reads[0])
-            end = start + transfer_seconds(num_bytes, link)
-            link_free[leaving] = link_free[arriving] = end - link.latency_seconds
+        now, task, version = pop(heap)
+        if task < 0:
+            task += num_tasks
+            landed = flows.end((now, task, version), works[task].num_bytes)
+            if landed is None:
+                continue
+            end, changed = landed
+            schedule(changed)
         else:
-            end += durations.seconds(rank, instruction)
-        spans[task] = (start, end)
-        for follower in followers[task]:
-            ready_seconds[follower] = max(ready_seconds[follower], end)
+            if clocks:
+                issued = max(clocks[r].moment(i, ends) for r, i in order.members[task])
+                if issued > now:
+                    push(heap, (issued, task, 0))
+                    continue
+            work = works[task]
+            starts[task] = now
+            if work.path is not None:
+                schedule(flows.begin(task, now, work.path, work.num_bytes))
+                continue
+            end = now + work.seconds
+        ends[task] = end
+        num_done += 1
+        for follower in following[first[task] : first[task + 1]]:
+            if ready[follower] < end:
+                ready[follower] = end
             waiting[follower] -= 1
             if waiting[follower] == 0:
-                heapq.heappush(heap, (ready_seconds[follower], follower))
-    if num_done < len(waiting):
-        raise _stuck(f"{len(waiting) - num_done} instructions wait for each other")
-    return _timeline(order, spans)
+                push(heap, (ready[follower], follower, 0))
+    if num_done < num_tasks:
+        raise _stuck(f"{num_tasks - num_done} instructions wait for each other")
+    return starts, ends
 
 
-def _timeline(order: PartialOrder, spans: list[tuple[float, float]]) -> Timeline:
+def _issue_clocks(plan: Plan, durations: Durations, order: PartialOrder) -> list[IssueClock]:
+    """None at all where issuing takes no time: the partial order then says all there is to it."""
+    overheads = [durations.issue_seconds(rank) for rank in range(plan.num_pipeline_ranks)]
+    if not any(overheads):
+        return []
+    return [
+        IssueClock(held_by=held_by, overhead_seconds=seconds)
+        for held_by, seconds in zip(order.held_by, overheads, strict=True)
+    ]
+
+
+def _timeline(order: PartialOrder, starts: Sequence[float], ends: Sequence[float]) -> Timeline:
     """Start and end of each task, as events of all its members."""
     events = [
-        Event(rank=rank, index=index, start_seconds=spans[task][0], end_seconds=spans[task][1])
+        Event(rank=rank, index=index, start_seconds=starts[task], end_seconds=ends[task])
         for rank, tasks in enumerate(order.task_of)
         for index, task in enumerate(tasks)
     ]

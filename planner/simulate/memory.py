@@ -1,192 +1,219 @@
 """Memory of every rank over a step: the most that any interleaving of the streams can hold.
 
 A buffer is taken when the first instruction that writes it is issued, and given back when every
-instruction that uses it is over. Programs are issued by one thread, which waits for compute and
-for nothing else, so a SEND may still hold its buffer many compute instructions later if its
-receiver is late: it does until an instruction that the partial order puts behind it. State and the
-pools of gather and gradient buffers are there all the time, a pool's buffers as large as the
-largest unit they hold. This module knows sizes and lifetimes. It does not know time, nor what an
-allocator reserves beyond what is asked of it.
+instruction that uses it is over; RELEASE ends such a life, FETCH begins another. Memory grows only
+when something is issued, so it is enough to look at the moment of each issue. Whatever the partial
+order does not put before that moment may still be running, on some interleaving all of it at once:
+so the bound of each moment is reached, and the largest of them is the exact worst case. State and
+the pools of gather and gradient buffers are there all the time, unless the plan offloads the state.
+This module knows sizes and lifetimes. It does not know time, nor what an allocator reserves beyond
+what is asked of it.
 """
 
-from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.graph import DTYPE_BYTES
 from planner.plan.dependencies import PartialOrder, partial_order
-from planner.plan.types import Instruction, Opcode, Plan, Unit
+from planner.plan.names import buffer_key, kind_of
+from planner.plan.types import Instruction, Opcode, Plan
+from planner.schedules import Schedule
 from planner.simulate.types import MemoryByClass
 
-__all__ = ["BufferSizes", "peak_memory", "resident_memory"]
+__all__ = [
+    "Lives", "Moment", "buffer_lives", "class_of", "host_memory", "peak_memory", "resident_memory",
+    "transient_bytes", "worst_moments",
+]  # fmt: skip
 
-Counts = NDArray[np.int64]
-_LOSS_BYTES = 4
-_RESIDENT = ("shard:", "weights:", "sum:")
+_RANKS_AT_ONCE = 64
+"""Columns of the table that `_ends` fills: 256 bytes for each task."""
+_NEVER = int(np.iinfo(np.int32).max)
+_Ints = NDArray[np.int32]
+_CLASSES = {
+    "weights": "buffers",
+    "sum": "gradients",
+    "part": "gradients",
+    "reduced": "gradients",
+    "shard": "weights",
+    "moments": "optimizer",
+    "saved": "activations",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BufferSizes:
-    """Bytes of buffers by name, for one plan."""
+class Moment:
+    """When a rank may hold the most."""
 
-    tensors: dict[str, int]
-    batch: dict[str, int]
-    saved: dict[int, int]
-    """By stage."""
-    units: dict[str, int]
-    """Whole, unpadded."""
-    parts: dict[str, int]
-    """This rank's part of a unit: the whole where nothing is partitioned."""
-
-    @classmethod
-    def of(cls, plan: Plan) -> "BufferSizes":
-        return cls(
-            tensors={tensor.name: tensor.num_bytes for tensor in plan.tensors},
-            batch={key.name: key.num_bytes for key in plan.batch},
-            saved={stage.index: stage.saved_bytes for stage in plan.stages},
-            units={u.name: u.num_elements * DTYPE_BYTES[u.dtype] for u in plan.units},
-            parts={u.name: _part_elements(plan, u) * DTYPE_BYTES[u.dtype] for u in plan.units},
-        )
-
-    def __getitem__(self, buffer: str) -> int:
-        """Bytes of a buffer that comes and goes; 0 for state and pools, always there."""
-        kind, _, rest = buffer.rpartition(":")
-        name = rest.rpartition(".")[0]
-        match kind:
-            case "":
-                return self.tensors.get(name, _LOSS_BYTES)
-            case "gradient":
-                return self.tensors[name]
-            case "batch":
-                return self.batch[name]
-            case "saved":
-                return self.saved[int(name)]
-            case "part":
-                return self.units[name]
-            case "reduced":
-                return self.parts[rest]
-        return 0
+    index: int
+    """Of the instruction that is issued then."""
+    memory: MemoryByClass
 
 
-def peak_memory(plan: Plan) -> tuple[MemoryByClass, ...]:
-    """What each pipeline rank can hold at worst, at the compute instruction where it is most."""
-    sizes = BufferSizes.of(plan)
-    order = partial_order(plan, issue_order=True)
-    behind = _first_compute_behind(plan, order)
-    return tuple(
-        _rank_peak(plan, rank, sizes, behind[np.array(order.task_of[rank], dtype=int), rank])
-        for rank in range(plan.num_pipeline_ranks)
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lives:
+    """Of each buffer of one rank that comes and goes, each time that it does: a row."""
+
+    names: list[str]
+    begins: list[int]
+    """Index of the instruction at whose issue it is taken."""
+    ends: list[int]
+    """Index of the first instruction at whose issue it has been given back; the length of the
+    program if there is none."""
+    num_bytes: list[int]
 
 
-def _first_compute_behind(plan: Plan, order: PartialOrder) -> Counts:
-    """Per task and rank: position, among the rank's compute, of the first that waits for the task.
-
-    The number of the rank's compute instructions where none does.
-    """
-    positions = [_compute_positions(program) for program in plan.programs]
-    ends = [position[-1] if len(position) else 0 for position in positions]
-    found = np.tile(np.array(ends, dtype=np.int64), (len(order.members), 1))
-    reached = found.copy()
-    followers = order.followers()
-    for task in reversed(order.sorted_tasks()):
-        if followers[task]:
-            reached[followers[task]].min(axis=0, out=found[task])
-        reached[task] = found[task]
-        for rank, index in order.members[task]:
-            if plan.programs[rank][index].stream == "compute":
-                reached[task, rank] = positions[rank][index]
-    return found
+def class_of(buffer: str) -> str:
+    """The field of MemoryByClass that a buffer on the device counts to."""
+    if buffer in ("finite", "scale"):
+        return "gradients"
+    return _CLASSES.get(kind_of(buffer), "stored_inputs")
 
 
-def _compute_positions(program: tuple[Instruction, ...]) -> Counts:
-    """Per instruction, how many compute instructions stand before it; the total at the end."""
-    compute = [instruction.stream == "compute" for instruction in program]
-    return np.concatenate(([0], np.cumsum(compute, dtype=np.int64)))
+def peak_memory(plan: Plan, order: PartialOrder | None = None) -> tuple[MemoryByClass, ...]:
+    """What each pipeline rank can hold at worst, at the moment when it is most."""
+    return tuple(moment.memory for moment in worst_moments(plan, order))
 
 
-def _rank_peak(plan: Plan, rank: int, sizes: BufferSizes, behind: Counts) -> MemoryByClass:
-    program = plan.programs[rank]
-    positions = _compute_positions(program)
-    taken: dict[str, int] = {}
-    given_back: dict[str, int] = {}
-    transient = np.zeros(positions[-1] + 1, dtype=np.int64)
-    for index, instruction in enumerate(program):
-        position, made = int(positions[index]), 0
-        for buffer in instruction.writes:
-            if buffer not in taken and not buffer.startswith(_RESIDENT):
-                taken[buffer] = position
-                made += 0 if buffer.startswith("saved:") else sizes[buffer]
-        last = position if instruction.stream == "compute" else int(behind[index]) - 1
-        for buffer in (*instruction.reads, *instruction.writes):
-            given_back[buffer] = max(last, position, given_back.get(buffer, 0))
-        if instruction.stream == "compute":
-            # What a stage makes for others is part of its transient peak; what it saves is not.
-            transient[position] = max(0, _transient_bytes(plan, instruction) - made)
-    resident = asdict(resident_memory(plan, rank))
-    held = {name: np.full(len(transient) + 1, value) for name, value in resident.items()}
-    changes = {name: np.zeros(len(transient) + 1, dtype=np.int64) for name in resident}
-    for buffer, position in taken.items():
-        changes[_class_of(buffer)][position] += sizes[buffer]
-        changes[_class_of(buffer)][given_back[buffer] + 1] -= sizes[buffer]
-    for name, change in changes.items():
-        held[name] += np.cumsum(change)
-    held["transient"][:-1] = transient
-    peak = int(np.argmax(sum(held.values())))
-    return MemoryByClass(**{name: int(values[peak]) for name, values in held.items()})
+def worst_moments(plan: Plan, order: PartialOrder | None = None) -> tuple[Moment, ...]:
+    """The worst moment of each pipeline rank; `order` is the plan's, if it is known already."""
+    ends = _ends(plan, order or partial_order(plan))
+    return tuple(_worst_moment(plan, rank, ends[rank]) for rank in range(plan.num_pipeline_ranks))
 
 
 def resident_memory(plan: Plan, rank: int) -> MemoryByClass:
-    """What a rank holds through the whole step: state, and pools of buffers."""
-    weights = optimizer = 0
+    """What a rank holds through the whole step: state, unless offloaded, and pools of buffers."""
+    found = asdict(MemoryByClass())
     updated = {i.unit for i in plan.programs[rank] if i.opcode is Opcode.UPDATE}
-    for unit in plan.units:
-        if rank in unit.ranks:
-            num_bytes = _part_elements(plan, unit) * DTYPE_BYTES[unit.dtype]
-            weights += num_bytes
-            optimizer += num_bytes * plan.options.optimizer_slots if unit.name in updated else 0
-    return MemoryByClass(
-        weights=weights,
-        optimizer=optimizer,
-        gradients=_pool_bytes(plan, rank, "sum:"),
-        buffers=_pool_bytes(plan, rank, "weights:") if plan.partition else 0,
-    )
-
-
-def _part_elements(plan: Plan, unit: Unit) -> int:
-    return -(-unit.num_elements // plan.num_replicas) if plan.partition else unit.num_elements
-
-
-def _pool_bytes(plan: Plan, rank: int, prefix: str) -> int:
-    """Buffers of the pools that begin with `prefix`, each as large as its pool's largest unit."""
-    units = {u.name: u.num_elements * DTYPE_BYTES[u.dtype] for u in plan.units}
-    buffers: dict[str, set[str]] = defaultdict(set)
-    largest: dict[str, int] = defaultdict(int)
-    for instruction in plan.programs[rank]:
-        if instruction.unit is None:
+    kinds = _resident_kinds(plan)
+    for buffer in plan.buffers[rank]:
+        kind, _, unit = buffer.name.partition(":")
+        if kind not in kinds or (kind == "shard" and not plan.gathers):
+            continue  # weights in place are the shard
+        if kind == "moments" and unit not in updated and plan.schedule is not Schedule.FORWARD:
             continue
-        for buffer in (*instruction.reads, *instruction.writes):
-            if buffer.startswith(prefix):
-                pool = buffer.rpartition(".")[0]
-                buffers[pool].add(buffer)
-                largest[pool] = max(largest[pool], units[instruction.unit])
-    return sum(len(names) * largest[pool] for pool, names in buffers.items())
+        in_place = kind == "weights" and not plan.gathers
+        found["weights" if in_place else _CLASSES[kind]] += buffer.num_bytes
+    return MemoryByClass(**found)
 
 
-def _class_of(buffer: str) -> str:
-    if buffer.startswith("saved:"):
-        return "activations"
-    return "gradients" if buffer.startswith(("part:", "reduced:")) else "stored_inputs"
+def host_memory(plan: Plan) -> tuple[int, ...]:
+    """Bytes of host memory that each pipeline rank's copies of buffers take at most."""
+    found = []
+    for rank, table in enumerate(plan.buffers):
+        sizes = {buffer.name: buffer.num_bytes for buffer in table}
+        names = {
+            name
+            for programs in (plan.programs, plan.evaluation)
+            for program in programs[rank : rank + 1]
+            for instruction in program
+            for name in (*instruction.reads, *instruction.writes)
+            if name.startswith("host:")
+        }
+        found.append(sum(sizes[buffer_key(name)] for name in names))
+    return tuple(found)
 
 
-def _transient_bytes(plan: Plan, instruction: Instruction) -> int:
+def transient_bytes(plan: Plan, instruction: Instruction) -> int:
+    """What a compute instruction takes and gives back while it runs, its outputs included."""
     match instruction.opcode:
         case Opcode.FORWARD:
             return plan.stages[instruction.stage or 0].forward_transient_bytes
         case Opcode.RECOMPUTE:
             return plan.stages[instruction.stage or 0].recompute_transient_bytes
-        case Opcode.BACKWARD:
+        case Opcode.BACKWARD | Opcode.BACKWARD_INPUT | Opcode.BACKWARD_WEIGHT:
             return plan.stages[instruction.stage or 0].backward_transient_bytes
     return 0
+
+
+def buffer_lives(plan: Plan, rank: int, ends: Sequence[int] | None = None) -> Lives:
+    """When each buffer that comes and goes is taken and given back.
+
+    `ends` tells, per instruction, at which issue it is surely over. Without it a life's end is the
+    index after its last use: what a program in which nothing overlaps would need.
+    """
+    program = plan.programs[rank]
+    sizes = {buffer.name: buffer.num_bytes for buffer in plan.buffers[rank]}
+    elsewhere = {*_resident_kinds(plan), "host"}
+    lives = Lives(names=[], begins=[], ends=[], num_bytes=[])
+    lasts, current = lives.ends, dict[str, int]()
+    over = ends or range(1, len(program) + 1)
+    for index, instruction in enumerate(program):
+        opcode, writes = instruction.opcode, instruction.writes
+        if opcode is Opcode.FETCH:
+            for buffer in writes:
+                current.pop(buffer, None)
+        for buffer in writes:
+            if buffer not in current:
+                current[buffer] = -1
+                if kind_of(buffer) not in elsewhere:
+                    current[buffer] = len(lasts)
+                    lives.names.append(buffer)
+                    lives.begins.append(index)
+                    lives.num_bytes.append(sizes[buffer_key(buffer)])
+                    lasts.append(0)
+        for buffer in (*instruction.reads, *writes):
+            life = current.get(buffer, -1)
+            if life >= 0 and lasts[life] < over[index]:
+                lasts[life] = over[index]
+        if opcode is Opcode.RELEASE:
+            for buffer in instruction.reads:
+                current.pop(buffer, None)
+    return lives
+
+
+def _worst_moment(plan: Plan, rank: int, ends: Sequence[int]) -> Moment:
+    program, lives = plan.programs[rank], buffer_lives(plan, rank, ends)
+    size = len(program) + 1
+    begins = np.array(lives.begins, dtype=np.int64)
+    num_bytes = np.array(lives.num_bytes, dtype=np.int64)
+    classes = [class_of(name) for name in lives.names]
+    held = {n: np.full(size, v) for n, v in asdict(resident_memory(plan, rank)).items()}
+    for name in set(classes):
+        mine = np.array([found == name for found in classes])
+        change = np.zeros(size, dtype=np.int64)
+        np.add.at(change, begins[mine], num_bytes[mine])
+        np.subtract.at(change, np.array(lives.ends, dtype=np.int64)[mine], num_bytes[mine])
+        held[name] += np.cumsum(change)
+    # What a stage makes for others is part of its transient peak; what it saves is not.
+    made = np.zeros(size, dtype=np.int64)
+    others = np.array([not name.startswith("saved:") for name in lives.names], dtype=bool)
+    np.add.at(made, begins[others], num_bytes[others])
+    transient = np.array([transient_bytes(plan, i) for i in program] + [0], dtype=np.int64)
+    held["transient"] = np.maximum(0, transient - made)
+    worst = int(np.argmax(sum(held.values())))
+    memory = MemoryByClass(**{name: int(values[worst]) for name, values in held.items()})
+    return Moment(index=min(worst, size - 2), memory=memory)
+
+
+def _ends(plan: Plan, order: PartialOrder) -> list[list[int]]:
+    """Per rank and index: the first instruction of the rank at whose issue this one is surely over.
+
+    The length of the rank's program where there is none. Found backwards: what a task waits for is
+    over wherever the task itself is.
+    """
+    starts, items = order.predecessors.starts, order.predecessors.items
+    tasks = order.sorted_tasks()
+    found = []
+    for first in range(0, plan.num_pipeline_ranks, _RANKS_AT_ONCE):
+        ranks = range(first, min(first + _RANKS_AT_ONCE, plan.num_pipeline_ranks))
+        table = np.full((len(order.members), len(ranks)), _NEVER, dtype=np.int32)
+        for column, rank in enumerate(ranks):
+            held = order.held_by[rank]
+            # Backwards, so that the first that waits for a task is the one that stays.
+            table[np.array(held.items, dtype=np.int64)[::-1], column] = held.owners()[::-1]
+        rows, minimum = list(table), np.minimum
+        for task in reversed(tasks):
+            row = rows[task]
+            for earlier in items[starts[task] : starts[task + 1]]:
+                minimum(rows[earlier], row, out=rows[earlier])
+        for column, rank in enumerate(ranks):
+            numbers = np.array(order.task_of[rank], dtype=np.int64)
+            ends: _Ints = np.minimum(table[numbers, column], len(numbers))
+            found.append(ends.tolist())
+    return found
+
+
+def _resident_kinds(plan: Plan) -> Iterable[str]:
+    return ("weights", "sum") if plan.offload_state else ("weights", "sum", "shard", "moments")

@@ -1,10 +1,11 @@
 """What a simulation tells of a plan."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from planner.timeline import Timeline
 
-__all__ = ["MemoryByClass", "Simulation"]
+__all__ = ["MemoryByClass", "MemoryOverTime", "Simulation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,27 @@ class MemoryByClass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOverTime:
+    """One rank's memory through a step: a step function."""
+
+    seconds: tuple[float, ...]
+    """Moments at which it changes, ascending, from 0."""
+    by_class: Mapping[str, tuple[int, ...]]
+    """Bytes from each moment on, by field of MemoryByClass."""
+    peak_seconds: float
+    """The first moment at which the most is held."""
+    peak: MemoryByClass
+    """Held then."""
+    reserved_bytes: int
+    """Peak of what the device's allocator takes to serve this; the peak itself without one."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Peak of what is asked of the allocator."""
+        return self.peak.total_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """One step of a plan on a cluster."""
 
@@ -44,6 +66,15 @@ class Simulation:
     not included."""
     memory: tuple[MemoryByClass, ...]
     """Per pipeline rank: the most that any interleaving can hold."""
+    stream_seconds: tuple[Mapping[str, float], ...]
+    """Per pipeline rank: how long each of its streams works."""
+    exposed_seconds: tuple[float, ...]
+    """Per pipeline rank: idle time of its compute stream that communication explains, on the path
+    of whatever the waiting compute instruction waited for last (`planner.simulate.account`). Other
+    ranks' compute on that path is bubble, and what follows the rank's last compute is neither."""
+    link_bytes: Mapping[str, float]
+    """By name of the port or adapters and direction: bytes per step. A port is that of the busiest
+    replica's device; a collective's busiest round stands for all its rounds."""
 
     @property
     def step_seconds(self) -> float:

@@ -13,6 +13,7 @@ from planner.solve.choices import Choice
 from planner.solve.figures import Figures, make_figures
 from planner.solve.instance import Instance
 from planner.solve.memory import (
+    MemoryFigures,
     fixed_bytes,
     memory_figures,
     parameters_of,
@@ -110,9 +111,18 @@ class Builder:
         floor = update_seconds(0, device, slots) if all(elements) else 0.0
         return [per_element * count for count in per_shard(elements, choice)], floor
 
+    def memory_of(self, choice: Choice) -> MemoryFigures:
+        """Bytes of each layer and cut."""
+        return memory_figures(
+            self.figures_of(choice),
+            choice,
+            self.problem.optimizer_slots,
+            updates_wait=self.problem.updates_wait,
+        )
+
     def _memory_tables(self, choice: Choice) -> _MemoryTables:
         figures, limits = self.figures_of(choice), self.mesh_of(choice).limit_bytes
-        memory = memory_figures(figures, choice, self.problem.optimizer_slots)
+        memory = self.memory_of(choice)
         unit = max(1, min(limits) // LIMIT_UNITS)
         return _MemoryTables(
             unit_bytes=unit,

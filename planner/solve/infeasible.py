@@ -60,7 +60,7 @@ def explain(
     rank = excess.index(max(excess))
     limit = builder.mesh_of(choice).limit_bytes[rank]
     classes = bytes_by_class(
-        builder.figures_of(choice), choice, problem.optimizer_slots, boundaries, rank
+        builder.figures_of(choice), choice, builder.memory_of(choice), boundaries, rank
     )
     if margin_bytes:
         classes["found by the simulator beyond these"] = margin_bytes

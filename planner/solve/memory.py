@@ -3,6 +3,7 @@
     state             weights and optimizer slots; 1 / D of them with partition 3
     gather buffers    whole weights of the stages in use (partition 3)
     gradient buffers  gradient sums of the stages in backward, and one reduced shard
+    gradients         all of them, where updates wait for the end of the step
     activations       M micro-batches of what backward needs, or of stage inputs with recompute
     transient         what one micro-batch holds only while it is computed or handed over
 
@@ -63,7 +64,9 @@ class MemoryFigures:
         return _sum(self.gather, self.gradient)
 
 
-def memory_figures(figures: Figures, choice: Choice, optimizer_slots: int) -> MemoryFigures:
+def memory_figures(
+    figures: Figures, choice: Choice, optimizer_slots: int, *, updates_wait: bool
+) -> MemoryFigures:
     """The memory of each layer and cut under a choice."""
     parameters, count = parameters_of(figures, choice), choice.num_micro_batches
     trainable = parameters.trainable_bytes
@@ -73,10 +76,15 @@ def memory_figures(figures: Figures, choice: Choice, optimizer_slots: int) -> Me
     saved = list(figures.saved_bytes)
     sums = [(1 if replicas == 1 else buffers) * num_bytes for num_bytes in trainable]
     reduced = per_shard(trainable, choice) if choice.partition else no_layers
+    waiting = no_layers
+    if updates_wait:
+        waiting, reduced = per_shard(trainable, choice), no_layers
+        sums = no_layers if replicas == 1 else sums
     return MemoryFigures(
         state=_sum(
             per_shard(parameters.weight_bytes, choice),
             per_shard((optimizer_slots * num_bytes for num_bytes in trainable), choice),
+            waiting,
         ),
         gather=[buffers * b for b in parameters.weight_bytes] if choice.partition else no_layers,
         gradient=_sum(sums, reduced),
@@ -109,10 +117,13 @@ def fixed_bytes(figures: Figures, choice: Choice) -> list[int]:
 
 
 def bytes_by_class(
-    figures: Figures, choice: Choice, optimizer_slots: int, boundaries: Sequence[int], rank: int
+    figures: Figures,
+    choice: Choice,
+    memory: MemoryFigures,
+    boundaries: Sequence[int],
+    rank: int,
 ) -> dict[str, int]:
     """Bytes of one pipeline rank under a split, class by class."""
-    memory = memory_figures(figures, choice, optimizer_slots)
     spans = [
         range(boundaries[stage], boundaries[stage + 1])
         for stage in range(rank, choice.num_stages, choice.num_pipeline_ranks)

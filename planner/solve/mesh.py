@@ -5,7 +5,7 @@ This module knows where world ranks lie in the cluster. It does not know the mod
 
 from dataclasses import dataclass
 
-from planner.cluster.types import Device, Link
+from planner.cluster.types import CollectiveAlgorithm, Device, Link
 from planner.solve.problem import Problem
 
 __all__ = ["Mesh", "make_mesh"]
@@ -25,6 +25,7 @@ class Mesh:
     """Kinds of link between neighbours in the ring."""
     ring_kinds: tuple[int, ...]
     """Index into ring_links for the hop from each rank to the next."""
+    collectives: CollectiveAlgorithm
 
 
 def make_mesh(problem: Problem, replicas: int, ranks: int) -> Mesh:
@@ -56,4 +57,5 @@ def make_mesh(problem: Problem, replicas: int, ranks: int) -> Mesh:
         ),
         ring_links=tuple(kinds),
         ring_kinds=tuple(kinds.index(link) for link in links),
+        collectives=cluster.collectives,
     )

@@ -43,6 +43,9 @@ class Problem:
     constraints: Constraints = field(default_factory=Constraints)
     optimizer_slots: int = 2
     """Tensors per parameter that the optimizer keeps (AdamW: 2)."""
+    updates_wait: bool = False
+    """Whether all updates stand at the end of the step (clipping, finite check), so that gradients
+    wait for them in memory."""
     memory_limit_bytes: int | None = None
     """Per device; None: the device's memory less what is reserved."""
     time_limit_seconds: float = 20.0

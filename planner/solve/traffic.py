@@ -92,11 +92,11 @@ class Collectives:
 
 def collectives(figures: Figures, choice: Choice, mesh: Mesh) -> Collectives:
     """Gathers and reductions over replicas, and over the ranks that share a weight."""
-    replicas, link = choice.num_replicas, mesh.group_link
+    replicas, link, algorithm = choice.num_replicas, mesh.group_link, mesh.collectives
     parameters = parameters_of(figures, choice)
     reduce_whole = reduce_scatter_seconds if choice.partition else all_reduce_seconds
-    reduce, reduce_latency = affine(lambda count: reduce_whole(count, replicas, link))
-    gather, gather_latency = affine(lambda count: gather_seconds(count, replicas, link))
+    reduce, reduce_latency = affine(lambda count: reduce_whole(count, replicas, link, algorithm))
+    gather, gather_latency = affine(lambda count: gather_seconds(count, replicas, link, algorithm))
     if not choice.partition:
         gather = gather_latency = 0.0
     tied = 0.0

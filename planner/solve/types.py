@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from planner.schedules import Schedule
+
 __all__ = ["Candidate", "Placement", "Solution"]
 
 
@@ -26,6 +28,13 @@ class Placement:
     """Gather buffers shared by a rank's stages (partition 3)."""
     num_gradient_buffers: int = 2
     """Gradient buffers shared by a rank's stages."""
+    schedule: Schedule = Schedule.LAYERED
+    group_size: int = 0
+    """Micro-batches that go through a stage together under the hybrid schedule."""
+    offload_state: bool = False
+    """Keep shards and moments in host memory."""
+    offload_inputs: bool = False
+    """Move stored stage inputs to host memory between forward and backward."""
 
     @property
     def num_stages(self) -> int:

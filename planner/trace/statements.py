@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from planner.errors import TraceError
-from planner.plan.code import FUNCTIONS, Reference, Statement, Symbol
+from planner.plan.code import FUNCTIONS, Reference, Statement, Symbol, is_plain_specification
 from planner.trace.aliases import Aliases
 from planner.trace.record import Recording, leaf_call
 from planner.trace.refusals import refuse_changing_buffer
@@ -281,8 +281,10 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _dumped(spec: pytree.TreeSpec) -> str | None:
-    """The specification as text; None where a class in it has no name to be found by."""
+    """The specification as text; None where a class in it has no name to be found by, or where
+    reading it back would import a module (enumerations, factories of a defaultdict)."""
     try:
-        return pytree.treespec_dumps(spec)
+        text = pytree.treespec_dumps(spec)
     except NotImplementedError:
         return None
+    return text if is_plain_specification(text) else None

@@ -1,0 +1,5 @@
+"""What each instruction does: one function per instruction, over the rank's state."""
+
+from runtime.handlers.table import HANDLERS
+
+__all__ = ["HANDLERS"]

@@ -1,0 +1,51 @@
+"""GATHER, REDUCE and REDUCE_TIED: weights and gradients between ranks."""
+
+from planner.plan.types import Instruction
+from runtime.handlers.words import describe
+from runtime.state import RankState
+from runtime.transport import Pending, Then
+
+__all__ = ["gather", "reduce", "reduce_tied"]
+
+
+def gather(rank: RankState, instruction: Instruction) -> None:
+    state = rank.unit(instruction)
+    (buffer,) = instruction.writes
+    whole = rank.weights.hold(buffer, state)
+    if not state.partitioned:
+        whole.copy_(state.shard)
+        return
+    pending = rank.transport.gather(state.shard, whole, describe(instruction))
+    rank.buffers.pending(instruction, pending)
+
+
+def reduce(rank: RankState, instruction: Instruction) -> None:
+    state = rank.unit(instruction)
+    state.detach_gradients()
+    (target,) = instruction.writes
+    total = rank.total(state)
+    pending: Pending
+    if state.partitioned:
+        reduced = total.new_empty(state.part_length)
+        pending = rank.transport.reduce_scatter(total, reduced, describe(instruction))
+    else:
+        reduced = total.clone()
+        pending = rank.transport.all_reduce(reduced, describe(instruction))
+    if target in instruction.reads:
+        so_far = rank.buffers[target]
+        pending = Then(pending, lambda: so_far.add_(reduced))
+    else:
+        rank.buffers[target] = reduced
+    rank.buffers.pending(instruction, pending)
+
+
+def reduce_tied(rank: RankState, instruction: Instruction) -> None:
+    state = rank.unit(instruction)
+    state.detach_gradients()
+    (source,), (target,) = instruction.reads, instruction.writes
+    if source != target:
+        rank.buffers[target] = rank.total(state).clone()
+    pending = rank.transport.all_reduce_tied(
+        rank.buffers[target], state.unit.ranks, describe(instruction)
+    )
+    rank.buffers.pending(instruction, pending)

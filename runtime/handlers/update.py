@@ -1,0 +1,82 @@
+"""CHECK_FINITE, CLIP, UPDATE and SAVE: from whole gradients to the next state.
+
+The norm of the whole model's gradient is the square root of the sum of the squares of the norms of
+all units, as torch.nn.utils.clip_grad_norm_ takes it over parameters. Every element counts once:
+parts of all replicas where the gradient is partitioned, else replica 0's; of tied units the lowest
+rank's.
+"""
+
+import torch
+from torch import Tensor
+
+from planner.plan.types import Instruction
+from runtime.handlers.words import describe
+from runtime.shards import UnitState
+from runtime.state import RankState
+from runtime.transport import Then
+
+__all__ = ["check_finite", "clip", "save", "update"]
+
+
+def check_finite(rank: RankState, instruction: Instruction) -> None:
+    (target,) = instruction.writes
+    num_bad = torch.zeros(1, dtype=torch.float64, device=rank.device)
+    for _, gradient in rank.gradients(instruction):
+        # The largest element, which NaN passes through: unlike isfinite() it needs no memory.
+        num_bad += ~torch.linalg.vector_norm(gradient, torch.inf).isfinite()
+    rank.finite = finite = torch.empty_like(num_bad[0], dtype=torch.bool)
+    rank.buffers[target] = finite
+    pending = rank.transport.all_reduce_world(num_bad, describe(instruction))
+    then = Then(pending, lambda: finite.copy_(num_bad[0] == 0))
+    rank.buffers.pending(instruction, then)
+
+
+def clip(rank: RankState, instruction: Instruction) -> None:
+    (target,) = instruction.writes
+    limit = rank.plan.options.clip_norm
+    assert limit is not None, "CLIP in a plan without clip_norm"
+    squares = torch.zeros(1, dtype=torch.float64, device=rank.device)
+    for state, gradient in rank.gradients(instruction):
+        if _counts_here(rank, state):
+            squares += _norm(gradient).double().square()
+    rank.gradient_norm = norm = torch.empty_like(squares[0])
+    rank.buffers[target] = scale = torch.empty_like(norm)
+
+    def finish() -> None:
+        norm.copy_(squares[0].sqrt())
+        scale.copy_(torch.clamp(limit / (norm + 1e-6), max=1.0))  # torch's own formula
+
+    pending = rank.transport.all_reduce_world(squares, describe(instruction))
+    rank.buffers.pending(instruction, Then(pending, finish))
+
+
+def update(rank: RankState, instruction: Instruction) -> None:
+    state = rank.unit(instruction)
+    ((_, gradient),) = rank.gradients(instruction)
+    if rank.observer is not None:
+        rank.observer(state, gradient)
+    state.detach_gradients()
+    optimizer = rank.optimizers[state.unit.name]
+    if "finite" not in instruction.reads or bool(rank.buffers["finite"]):
+        if "scale" in instruction.reads:
+            gradient.mul_(rank.buffers["scale"])
+        state.attach_piece_gradients(gradient)
+        optimizer.step()
+        optimizer.release_gradients()
+
+
+def save(rank: RankState, instruction: Instruction) -> None:
+    for source in instruction.reads:
+        rank.buffers.pending(instruction, rank.host.keep(f"host:{source}", rank.value(source)))
+
+
+def _counts_here(rank: RankState, state: UnitState) -> bool:
+    """Whether this rank's part of a unit's gradient is the one that counts in the norm."""
+    return rank.rank == state.unit.ranks[0] and (state.partitioned or rank.replica == 0)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """In 32 bits at least."""
+    is_half = gradient.dtype in (torch.float16, torch.bfloat16)
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32 if is_half else None)
+    return norm

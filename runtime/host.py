@@ -1,0 +1,149 @@
+"""Buffers in host memory: state and stored inputs that are offloaded, and the checkpoint.
+
+A copy is made anew each time, so a copy once handed out never changes. On a GPU host memory is
+pinned, and copies run beside compute, on a stream for each direction. On the CPU they are plain
+tensors, kept apart so that a memory measurement can tell them from the device's.
+This module knows values. It does not know when anything happens.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from planner.plan.names import kind_of
+from runtime.layout import dense_stride
+from runtime.transport import Pending
+
+__all__ = ["Checkpoint", "HostMemory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One rank's part of the state after a whole step, in host memory."""
+
+    num_steps: int
+    """Steps taken before it."""
+    shards: Mapping[str, Tensor]
+    """By unit: this rank's part of its flat vector."""
+    moments: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """By unit and parameter: what the optimizer keeps for this rank's part, under its own names."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A tensor in host memory."""
+
+    tensor: Tensor
+    device: torch.device
+    """Where it is from, and goes back to: optimizers keep some figures on the CPU."""
+
+
+class HostMemory:
+    """The host: buffers of one rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._values: dict[str, Any] = {}
+        self._checkpoint = Checkpoint(num_steps=0, shards={}, moments={})
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        if device.type == "cuda":
+            self._streams = {way: torch.cuda.Stream(device) for way in ("in", "out")}
+
+    def keep(self, name: str, value: Any) -> Pending:
+        """`name` (a host: buffer) = a copy of tensors, or of dicts and lists with tensors in them.
+
+        The tensors may be let go at once, but not changed before `wait` of the result returns.
+        """
+        return self._beside("out", lambda: self._keep(name, value))
+
+    def fetch(self, name: str) -> tuple[Any, Pending]:
+        """A copy on the device of what a host: buffer holds, to be used after `wait`."""
+        # Allocated on the stream that will use it, filled on the copies' own.
+        pairs: list[tuple[_Copy, Tensor]] = []
+
+        def room_for(copy: _Copy) -> Tensor:
+            room = torch.empty_like(copy.tensor, device=copy.device)
+            pairs.append((copy, room))
+            return room
+
+        value = _over(_Copy, room_for, self._values[name])
+        return value, self._beside("in", lambda: self._fill(pairs))
+
+    def drop(self, name: str) -> None:
+        """Let go of what a host: buffer holds, if anything."""
+        self._values.pop(name, None)
+
+    def complete(self, num_steps: int) -> None:
+        """What shards and moments hold now is the checkpoint after so many steps."""
+        found: dict[str, dict[str, Any]] = {"shard": {}, "moments": {}}
+        for name, value in self._values.items():
+            buffer = name.removeprefix("host:")
+            if kind_of(buffer) in found:
+                unit = buffer.partition(":")[2]
+                found[kind_of(buffer)][unit] = _over(_Copy, lambda copy: copy.tensor, value)
+        self._checkpoint = Checkpoint(
+            num_steps=num_steps, shards=found["shard"], moments=found["moments"]
+        )
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The last complete one."""
+        if "out" in self._streams:
+            self._streams["out"].synchronize()
+        return self._checkpoint
+
+    def _keep(self, name: str, value: Any) -> None:
+        self._values[name] = _over(Tensor, self._copied, value)
+
+    def _copied(self, tensor: Tensor) -> _Copy:
+        with _disable_current_modes():
+            host = torch.empty_strided(
+                tensor.shape,
+                dense_stride(tuple(tensor.shape), tensor.stride()),
+                dtype=tensor.dtype,
+                pin_memory=tensor.is_cuda,
+            )
+            host.copy_(tensor.detach(), non_blocking=True)
+        if "out" in self._streams and tensor.is_cuda:
+            tensor.record_stream(self._streams["out"])
+        return _Copy(host, tensor.device)
+
+    def _fill(self, pairs: list[tuple[_Copy, Tensor]]) -> None:
+        for copy, room in pairs:
+            room.copy_(copy.tensor, non_blocking=True)
+            if "in" in self._streams and room.is_cuda:
+                room.record_stream(self._streams["in"])
+
+    def _beside(self, way: str, action: Callable[[], None]) -> Pending:
+        """Run it on the stream of a direction, behind what the device has been given so far."""
+        if way not in self._streams:
+            action()
+            return _Copying(None, self._device)
+        stream = self._streams[way]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            action()
+        return _Copying(stream.record_event(), self._device)
+
+
+class _Copying:
+    """A copy under way on a stream of its own; None: it is over."""
+
+    def __init__(self, event: torch.cuda.Event | None, device: torch.device) -> None:
+        self._event = event
+        self._device = device
+
+    def wait(self) -> None:
+        """Whatever the device is given from now on comes after the copy."""
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
+def _over(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
+    """The value with `function` of each `kind` inside it."""
+    return pytree.tree_map_only(kind, function, value)

@@ -1,0 +1,97 @@
+"""What is known of one rank's program before it runs.
+
+This module knows instructions and names of buffers. It does not know tensors.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from planner.errors import PlanFileError
+from planner.plan.names import buffer_key, kind_of
+from planner.plan.types import Instruction, Opcode
+
+__all__ = ["Program"]
+
+_SPENDS = (Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.UPDATE)
+
+
+class Program:
+    """One rank's instructions, of a step or of an evaluation."""
+
+    def __init__(
+        self, instructions: Sequence[Instruction], *, is_evaluation: bool, offload_state: bool
+    ) -> None:
+        """
+        Args:
+            instructions: in issue order.
+            is_evaluation: it runs forward only.
+            offload_state: shards and moments come and go.
+
+        Raises:
+            PlanFileError: a gradient is accumulated that nothing uses.
+        """
+        self.instructions = tuple(instructions)
+        self.is_evaluation = is_evaluation
+        self.dying = _last_uses(self.instructions, offload_state=offload_state)
+        """Index -> buffers that hold nothing any more when the instruction there is over."""
+        self.sums = _units_of_sums(self.instructions)
+        """Index -> accumulation buffers of the instruction there, and whose gradient each holds."""
+        self.evicted = frozenset(
+            buffer_key(name) for i in instructions if i.opcode is Opcode.EVICT for name in i.reads
+        )
+        """Buffers that go to host memory, without `.<m>`."""
+
+    def units_of_pools(self) -> Iterator[tuple[str, str]]:
+        """(pool buffer, unit) for every unit that a gather or accumulation buffer takes."""
+        for sums in self.sums.values():
+            yield from sums.items()
+        for instruction in self.instructions:
+            if instruction.opcode is Opcode.GATHER and instruction.unit is not None:
+                yield instruction.writes[0], instruction.unit
+
+
+def _last_uses(
+    instructions: Sequence[Instruction], *, offload_state: bool
+) -> dict[int, tuple[str, ...]]:
+    """What is fetched from host memory is not needed from its last use before the FETCH on."""
+    found: dict[int, list[str]] = {}
+    last_use: dict[str, int] = {}
+    for index, instruction in enumerate(instructions):
+        if instruction.opcode is Opcode.FETCH:
+            for name in instruction.writes:
+                if name in last_use:
+                    found.setdefault(last_use[name], []).append(name)
+        for name in (*instruction.reads, *instruction.writes):
+            if _comes_and_goes(name, offload_state=offload_state):
+                last_use[name] = index
+    for name, index in last_use.items():
+        found.setdefault(index, []).append(name)
+    return {index: tuple(names) for index, names in found.items()}
+
+
+def _comes_and_goes(name: str, *, offload_state: bool) -> bool:
+    kind = kind_of(name)
+    if kind == "host":
+        return kind_of(name.removeprefix("host:")) not in ("shard", "moments")
+    return kind not in ("weights", "sum") and (offload_state or kind not in ("shard", "moments"))
+
+
+def _units_of_sums(instructions: Sequence[Instruction]) -> dict[int, Mapping[str, str]]:
+    """A sum is of the unit of the instruction that spends it next."""
+    found: dict[int, Mapping[str, str]] = {}
+    units: dict[str, str] = {}
+    for index, instruction in reversed(list(enumerate(instructions))):
+        sums = {name for name in (*instruction.reads, *instruction.writes)
+                if kind_of(name) == "sum"}  # fmt: skip
+        if not sums:
+            continue
+        if instruction.opcode in _SPENDS and instruction.unit is not None:
+            units.update(dict.fromkeys(sums, instruction.unit))
+        unused = sorted(sums - units.keys())
+        if unused:
+            raise PlanFileError(
+                f"instruction {index} ({instruction.opcode.value} of stage {instruction.stage}) "
+                f"uses {unused[0]}, but no later instruction reduces it or updates with it",
+                hint="see what lga-check says of the plan",
+            )
+        found[index] = {name: units[name] for name in sums}
+    return found

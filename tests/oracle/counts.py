@@ -1,0 +1,84 @@
+"""What must stand in the programs how often, and in which order of compute.
+
+Compute is one stream that holds up the issue, so in every interleaving a rank computes in program
+order, and an instruction runs exactly as often as it stands there.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from oracle.facts import BACKWARDS, Facts, Fault
+from planner.plan.types import Instruction, Opcode, Unit
+from planner.schedules import Schedule
+
+__all__ = ["miscounted"]
+
+
+def miscounted(facts: Facts) -> Iterator[Fault]:
+    """Layers, passes, traffic and updates that are too few or too many; the layered order."""
+    plan = facts.plan
+    if [layer for stage in plan.stages for layer in stage.layers] != list(plan.layer_names):
+        yield Fault(kind="count", message="the stages do not hold each layer once")
+    yield from _passes(facts)
+    for rank, program in enumerate(plan.programs):
+        for unit in plan.units:
+            calls = Counter(i.opcode for i in program if i.unit == unit.name)
+            for opcode, low, high in _limits(facts, rank, unit):
+                if not low <= calls[opcode] <= high:
+                    message = f"{calls[opcode]} x {opcode} of {unit.name} on rank {rank}"
+                    yield Fault(kind="count", message=f"{message}, not {low} to {high}")
+        for opcode, asked in (
+            (Opcode.CHECK_FINITE, plan.options.check_finite),
+            (Opcode.CLIP, plan.options.clip_norm is not None),
+        ):
+            found = sum(i.opcode is opcode for i in program)
+            if found != (asked and facts.trains):
+                yield Fault(kind="count", message=f"{found} x {opcode} on rank {rank}")
+        if plan.schedule is Schedule.LAYERED and not _is_layered(program):
+            yield Fault(kind="order", message=f"rank {rank} leaves the layered order")
+
+
+def _passes(facts: Facts) -> Iterator[Fault]:
+    """Forward runs once, backward once, whole or in two halves, the half for inputs first."""
+    programs = facts.plan.programs
+    runs: dict[tuple[int | None, int | None], list[Opcode]] = {}
+    for instruction in (i for program in programs for i in program):
+        if instruction.opcode in (Opcode.FORWARD, Opcode.RECOMPUTE, *BACKWARDS):
+            key = (instruction.stage, instruction.micro_batch)
+            runs.setdefault(key, []).append(instruction.opcode)
+    halves = [Opcode.BACKWARD_INPUT, Opcode.BACKWARD_WEIGHT]
+    for stage in facts.plan.stages:
+        once_more = [Opcode.RECOMPUTE] * (stage.recompute and facts.trains)
+        for m in range(facts.plan.num_micro_batches):
+            found = runs.get((stage.index, m), [])
+            backward = [opcode for opcode in found if opcode in BACKWARDS]
+            forward = [opcode for opcode in found if opcode not in BACKWARDS]
+            options = [[Opcode.BACKWARD], halves] if facts.trains else [[]]
+            if sorted(forward) != [Opcode.FORWARD, *once_more] or backward not in options:
+                yield Fault(kind="count", message=f"stage {stage.index}, {m}: {found}")
+
+
+def _limits(facts: Facts, rank: int, unit: Unit) -> Iterator[tuple[Opcode, int, int]]:
+    """(opcode, least, most) calls for a unit on a rank."""
+    plan, unlimited = facts.plan, 10**9
+    trained = facts.trains and unit.trainable and rank in unit.ranks
+    layered = plan.schedule is Schedule.LAYERED
+    reduces = trained and plan.num_replicas > 1
+    local = sum(plan.stages[stage].rank == rank for stage in unit.stages)
+    claims = plan.schedule in (Schedule.LAYERED, Schedule.FORWARD)
+    yield Opcode.UPDATE, int(trained), int(trained)
+    yield Opcode.REDUCE, int(reduces), (int(reduces) if layered else unlimited)
+    yield Opcode.GATHER, 0, (local * (2 if facts.trains else 1) if claims else unlimited)
+
+
+def _is_layered(program: tuple[Instruction, ...]) -> bool:
+    """Forward by stage; then backward by stage, last first, micro-batches ascending."""
+    forward = [(i, s.stage or 0) for i, s in enumerate(program) if s.opcode is Opcode.FORWARD]
+    backward = [
+        (index, -(step.stage or 0), step.micro_batch or 0)
+        for index, step in enumerate(program)
+        if step.opcode in BACKWARDS
+    ]
+    stages, steps = [stage for _, stage in forward], [step[1:] for step in backward]
+    apart = not forward or not backward or forward[-1][0] < backward[0][0]
+    return apart and stages == sorted(stages) and steps == sorted(steps)

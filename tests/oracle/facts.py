@@ -1,0 +1,173 @@
+"""What the oracle looks up in a plan, and what it says.
+
+It knows names, sizes and lives of buffers. It does not know what instructions do.
+"""
+
+import math
+from dataclasses import dataclass
+
+from planner.plan.types import Buffer, Opcode, Plan, StagePlan, Unit
+from planner.schedules import Schedule
+
+__all__ = ["BACKWARDS", "COMPUTE", "RESIDENT", "Facts", "Fault", "Life", "OracleResult", "kind_of"]
+
+BACKWARDS = (Opcode.BACKWARD, Opcode.BACKWARD_INPUT, Opcode.BACKWARD_WEIGHT)
+COMPUTE = (Opcode.FORWARD, Opcode.RECOMPUTE, *BACKWARDS)
+RESIDENT = ("shard", "moments", "weights", "sum")
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong with a plan."""
+
+    kind: str
+    """`signature`, `shape`, `count`, `order`, `hang`, `race` (a buffer does not hold what its
+    reader needs), `transfer`, `gradient`, `end` (of the step) or `memory`."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OracleResult:
+    """The oracle's verdict."""
+
+    faults: tuple[Fault, ...]
+    peak_bytes: tuple[int, ...] = ()
+    """Per pipeline rank, the most over all explored states; empty if operands are malformed."""
+    num_states: int = 0
+    complete: bool = True
+    """Whether every interleaving was explored; otherwise the rest was sampled by random walks."""
+
+    @property
+    def kinds(self) -> set[str]:
+        return {fault.kind for fault in self.faults}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """A buffer's memory from the issue of its first writer to the end of its last use."""
+
+    buffer: str
+    num_bytes: int
+    first: int
+    uses: int
+    """Bit i: instruction i uses it."""
+
+
+def kind_of(buffer: str) -> str:
+    """`saved` of `saved:3.1`; empty for boundary tensors, loss, finite and scale."""
+    return buffer.split(":")[0] if ":" in buffer else ""
+
+
+def num_bytes(buffer: Buffer) -> int:
+    return math.prod(buffer.shape) * _ITEM_BYTES.get(buffer.dtype, 1)
+
+
+class Facts:
+    """Look-ups in one plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.units = {unit.name: unit for unit in plan.units}
+        self.tensors = {tensor.name: tensor for tensor in plan.tensors}
+        self.batch = {key.name: key for key in plan.batch}
+        self.tables = [{b.name: b for b in table} for table in plan.buffers]
+        self.trains = plan.schedule is not Schedule.FORWARD
+
+    def later_readers(self, tensor: str, stage: int) -> tuple[int, ...]:
+        """Stages behind `stage` that read a tensor, in the order in which they run backward."""
+        stages = [s.index for s in self.plan.stages if tensor in s.inputs and s.index > stage]
+        return tuple(reversed(stages))
+
+    def chain(self, tensor: str) -> list[int]:
+        """The stages that make or read a tensor."""
+        return [s.index for s in self.plan.stages if tensor in (*s.inputs, *s.outputs)]
+
+    def units_of(self, stage: StagePlan) -> list[Unit]:
+        return [self.units[name] for name in stage.units]
+
+    def trainable_on(self, rank: int) -> list[Unit]:
+        return [u for u in self.plan.units if u.trainable and rank in u.ranks]
+
+    def is_reduced(self, unit: Unit) -> bool:
+        """Whether UPDATE reads `reduced:` rather than the sum itself."""
+        return self.plan.num_replicas > 1 or len(unit.ranks) > 1
+
+    def part_elements(self, unit: Unit) -> int:
+        """Of one replica's shard."""
+        share = self.plan.num_replicas if self.plan.partition == 3 else 1
+        return math.ceil(unit.num_elements / share)
+
+    def whole_elements(self, unit: Unit) -> int:
+        """Of the gathered unit with its padding."""
+        share = self.plan.num_replicas if self.plan.partition == 3 else 1
+        return self.part_elements(unit) * share
+
+    def entry(self, rank: int, buffer: str) -> Buffer | None:
+        """A buffer's entry in the rank's table."""
+        bare = buffer.removeprefix("host:")
+        per_micro_batch = kind_of(bare) in ("", "gradient", "batch", "saved", "part")
+        if per_micro_batch and bare not in ("finite", "scale"):
+            buffer = buffer.rpartition(".")[0]
+        return self.tables[rank].get(buffer)
+
+    def is_resident(self, buffer: str) -> bool:
+        """Whether its memory is taken for the whole step."""
+        kind = kind_of(buffer)
+        return kind in RESIDENT and not (self.plan.offload_state and kind in ("shard", "moments"))
+
+    def resident_bytes(self, rank: int) -> int:
+        """State and pools. Weights in place are the shard; only what is updated has moments."""
+        updated = {i.unit for i in self.plan.programs[rank] if i.opcode is Opcode.UPDATE}
+        total = 0
+        for buffer in filter(
+            lambda entry: self.is_resident(entry.name), self.tables[rank].values()
+        ):
+            kind, _, unit = buffer.name.partition(":")
+            is_copy = kind == "shard" and not self.plan.gathers
+            is_unused = kind == "moments" and self.trains and unit not in updated
+            total += 0 if is_copy or is_unused else num_bytes(buffer)
+        return total
+
+    def lives(self, rank: int) -> list[Life]:
+        """Of all buffers that come and go; a RELEASE ends a life and a FETCH begins another."""
+        found: list[tuple[str, list[int]]] = []
+        current: dict[str, list[int]] = {}
+        for index, instruction in enumerate(self.plan.programs[rank]):
+            for buffer in dict.fromkeys((*instruction.writes, *instruction.reads)):
+                if kind_of(buffer) == "host" or self.is_resident(buffer):
+                    continue
+                if buffer not in current or instruction.opcode is Opcode.FETCH:
+                    current[buffer] = []
+                    found.append((buffer, current[buffer]))
+                current[buffer].append(index)
+                if instruction.opcode is Opcode.RELEASE:
+                    del current[buffer]
+        return [
+            Life(
+                buffer=buffer,
+                num_bytes=num_bytes(self._entry(rank, buffer)),
+                first=uses[0],
+                uses=sum(1 << index for index in uses),
+            )
+            for buffer, uses in found
+        ]
+
+    def transient_bytes(self, rank: int, index: int) -> int:
+        """What a compute instruction takes while it runs, besides what it makes for others."""
+        instruction = self.plan.programs[rank][index]
+        if instruction.opcode not in COMPUTE or instruction.stage is None:
+            return 0
+        stage = self.plan.stages[instruction.stage]
+        peaks = {
+            Opcode.FORWARD: stage.forward_transient_bytes,
+            Opcode.RECOMPUTE: stage.recompute_transient_bytes,
+        }
+        made = [life for life in self.lives(rank) if life.first == index]
+        others = sum(life.num_bytes for life in made if kind_of(life.buffer) != "saved")
+        return max(0, peaks.get(instruction.opcode, stage.backward_transient_bytes) - others)
+
+    def _entry(self, rank: int, buffer: str) -> Buffer:
+        entry = self.entry(rank, buffer)
+        assert entry is not None, f"signatures have found every buffer in the table: {buffer}"
+        return entry
