@@ -31,7 +31,11 @@ demo: $(STAMP)
 	$(BIN)/lga-check $(DEMO)/gpt-cpu.plan.yaml
 	$(BIN)/lga-show $(DEMO)/gpt-cpu.plan.yaml
 	@echo "== Thirty training steps under it"
-	$(BIN)/lga-run $(DEMO)/gpt-cpu.plan.yaml examples/gpt.py --steps 30
+	$(BIN)/lga-run $(DEMO)/gpt-cpu.plan.yaml examples/gpt.py --steps 30 \
+	  --timeline $(DEMO)/measured.json
+	@echo "== The last step against the prediction, and both in one trace for ui.perfetto.dev"
+	$(BIN)/lga-show $(DEMO)/gpt-cpu.plan.yaml --measured $(DEMO)/measured.json \
+	  --trace $(DEMO)/trace.json
 	@echo "== The plan that was run: $(DEMO)/gpt-cpu.plan.yaml"
 
 clean:

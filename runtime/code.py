@@ -125,11 +125,16 @@ class StageProgram:
 def _for_evaluation(
     function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Dropout that the trace found switched on between layers is off, and the like."""
+    """Dropout that the trace found switched on between layers is off, and the like.
+
+    A normalisation without running statistics always takes the batch's own.
+    """
     if not isinstance(function, torch._ops.OpOverload):
         return arguments, keywords
     names = [argument.name for argument in function._schema.arguments]
-    positional = zip(names, arguments, strict=False)
+    positional = list(zip(names, arguments, strict=False))
+    if "running_mean" in names and (dict(positional) | keywords).get("running_mean") is None:
+        return arguments, keywords
     return (
         tuple(_OF_TRAINING.get(name, value) for name, value in positional),
         {name: _OF_TRAINING.get(name, value) for name, value in keywords.items()},

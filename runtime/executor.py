@@ -164,12 +164,13 @@ class Executor:
     def _run(self, program: Program, batch: Mapping[str, Tensor]) -> StepResult:
         if self._broken:
             raise RunError(
-                f"this executor {self._broken}, so it cannot take another step",
+                f"this executor {self._broken}, so it cannot go on",
                 hint="build a new Executor",
             )
         if self.loads_batch:
             check_batch(self.plan, batch)
-        self._broken = "was stopped in the middle of a step"
+        what = "an evaluation" if program.is_evaluation else "a step"
+        self._broken = f"was stopped in the middle of {what}"
         events = self._run_program(program, batch)
         self._broken = ""
         rank = self._rank
@@ -255,8 +256,8 @@ class Executor:
 def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Modules that were in training mode are again afterwards, each as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, training in modes:

@@ -98,6 +98,7 @@ class HostMemory:
         return self._checkpoint
 
     def _keep(self, name: str, value: Any) -> None:
+        self._values.pop(name, None)  # the last copy, so that there is one at a time
         self._values[name] = _over(Tensor, self._copied, value)
 
     def _copied(self, tensor: Tensor) -> _Copy:

@@ -76,7 +76,8 @@ class Transport(Protocol):
     def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
         """`output` = this replica's part of the sum of `source` over replicas.
 
-        The sum is taken in replica order, so it does not depend on who computes it.
+        The sum is taken in replica order, so it does not depend on who computes it. `output`
+        may be that part of `source` itself.
         """
 
     def all_reduce(self, tensor: Tensor, what: str) -> Pending:

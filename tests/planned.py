@@ -1,5 +1,6 @@
 """Small models, plans of them with given stages, and the comparison with plain accumulation."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +14,16 @@ from planner.lower import lower
 from planner.measure import measure
 from planner.model_file import ModelFile, model_from_functions
 from planner.plan.types import Plan, PlanOptions
+from planner.profile import Profile
 from planner.solve.types import Placement
-from planner.trace import trace
+from planner.trace import TracedModel, trace
 
-__all__ = ["Chain", "Layer", "assert_same", "model_of", "plan_of", "square", "vectors"]
+__all__ = [
+    "Chain", "Layer", "assert_same", "model_of", "plan_of", "square", "traced", "vectors"
+]  # fmt: skip
 
 Layer = Callable[[], nn.Module]
+_PLAIN: dict[tuple[ModelFile, tuple[int, ...]], Run] = {}
 
 
 class Chain(nn.Module):
@@ -48,6 +53,17 @@ def model_of(build: Layer, loss_fn: Any = square, batch: Any = vectors) -> Model
     return model_from_functions(build, batch, loss_fn=loss_fn)
 
 
+@functools.cache
+def traced(model_file: ModelFile) -> TracedModel:
+    """The model's trace, made once."""
+    return trace(model_file)
+
+
+@functools.cache
+def _profile(model_file: ModelFile, micro_batch_size: int) -> Profile:
+    return measure(traced(model_file), micro_batch_size)
+
+
 def plan_of(
     model_file: ModelFile,
     boundaries: tuple[int, ...],
@@ -62,8 +78,7 @@ def plan_of(
     **choices: Any,
 ) -> Plan:
     """A plan with these stages; `choices` are further fields of its Placement."""
-    traced = trace(model_file)
-    graph = traced.layer_graph(micro_batch_size)
+    graph = traced(model_file).layer_graph(micro_batch_size)
     assert boundaries[-1] == len(graph.layers)
     num_stages = len(boundaries) - 1
     placement = Placement(
@@ -79,7 +94,7 @@ def plan_of(
     )
     cluster = chain_cluster(placement.world_size)
     options = options or PlanOptions(deadline_seconds=20)
-    plan = lower(graph, measure(traced, micro_batch_size), cluster, placement, options)
+    plan = lower(graph, _profile(model_file, micro_batch_size), cluster, placement, options)
     verdict = check(plan)
     assert verdict.passed, verdict
     return plan
@@ -87,7 +102,7 @@ def plan_of(
 
 def assert_same(model_file: ModelFile, plan: Plan, tolerance: float = 0.0) -> None:
     """Losses and first gradients; with one replica also what three steps leave."""
-    mine, plain = train_by_plan(model_file, plan), train_plainly(model_file, plan)
+    mine, plain = train_by_plan(model_file, plan), _plainly(model_file, plan)
     assert mine.steps[0].losses.keys() == plain.steps[0].losses.keys()
     for key, loss in plain.steps[0].losses.items():
         assert torch.equal(loss, mine.steps[0].losses[key]), key
@@ -99,6 +114,15 @@ def assert_same(model_file: ModelFile, plan: Plan, tolerance: float = 0.0) -> No
     if not tolerance:
         for name, value in mine.state.items():
             assert torch.equal(value, plain.state[name]), name
+
+
+def _plainly(model_file: ModelFile, plan: Plan) -> Run:
+    """Plain training, once for all plans of the same work."""
+    work = (plan.num_replicas, plan.num_micro_batches, plan.micro_batch_size, plan.options.seed)
+    found = _PLAIN.get((model_file, work))
+    if found is None:
+        found = _PLAIN[model_file, work] = train_plainly(model_file, plan)
+    return found
 
 
 def _plain_gradient(run: Run, name: str, stride: tuple[int, ...]) -> Tensor:

@@ -20,6 +20,7 @@ from synthetic import chain_plan
 
 from planner.check import RULES, check
 from planner.errors import CheckError, PlanFileError
+from planner.plan.code import Reference, Statement
 from planner.plan.dependencies import partial_order
 from planner.plan.types import Opcode, Plan, PlanOptions
 from planner.schedules import Schedule
@@ -150,12 +151,70 @@ def test_rule_3_depth_first_order() -> None:
     assert broken_rules(replace(depth_first, schedule=Schedule.CUSTOM)) == set()
 
 
-def test_rule_3_forward_micro_batches_may_go_in_any_order() -> None:
-    plan = chain_plan(2, 1, 2)
-    one, other = (find(plan, 0, Opcode.FORWARD, stage=0, micro_batch=m) for m in (0, 1))
-    assert broken_rules(swapped(plan, 0, one, other)) == {5}  # its LOAD stands behind
-    one, other = (find(plan, 0, Opcode.FORWARD, stage=1, micro_batch=m) for m in (0, 1))
-    assert broken_rules(swapped(plan, 0, one, other)) == set()
+@pytest.mark.parametrize("schedule", [Schedule.LAYERED, Schedule.PLAIN, Schedule.GPIPE])
+def test_rule_3_forward_micro_batches_exchanged(schedule: Schedule) -> None:
+    """Running statistics of modules would end up as plain accumulation does not leave them."""
+    plan = replace(chain_plan(1, 1, 2, schedule=Schedule.GPIPE), schedule=schedule)
+    loads = (find(plan, 0, Opcode.LOAD, micro_batch=m) for m in (0, 1))
+    steps = (find(plan, 0, Opcode.FORWARD, micro_batch=m) for m in (0, 1))
+    exchanged = swapped(swapped(plan, 0, *loads), 0, *steps)
+    assert "micro-batch 0, stands behind" in counterexample(exchanged, 3)
+    assert broken_rules(exchanged) == {3}
+    assert broken_rules(replace(exchanged, schedule=Schedule.CUSTOM)) == set()
+
+
+def test_code_is_whole_and_each_layer_is_called_once() -> None:
+    plan = chain_plan(2, 1, 1)
+    one, other = plan.stages
+
+    def with_code(code: tuple[Statement, ...]) -> Plan:
+        return replace(plan, stages=(one, replace(other, code=code)))
+
+    for code in (other.code[1:], other.code[:-1], one.code, (), (*other.code, other.code[0])):
+        with pytest.raises(PlanFileError, match="the code of stage 1"):
+            check(with_code(code))
+    again = replace(one.code[1], arguments=(Reference("h_0"),))
+    assert broken_rules(with_code((again, *other.code))) == {1}
+
+
+def test_rule_6_units_are_their_parameters() -> None:
+    plan = chain_plan(1, 1, 1)
+    (parameter,) = plan.parameters
+    for change in ({"trainable": False}, {"dtype": "float64"}, {"shape": (7,)}):
+        changed_plan = replace(plan, parameters=(replace(parameter, **change),))
+        assert "differs from its parameters" in counterexample(changed_plan, 6)
+
+
+def test_tables_that_the_lowering_never_makes() -> None:
+    plan = chain_plan(2, 1, 1, num_replicas=2)
+    (key,) = plan.batch
+    for bad in (
+        replace(plan, partition=1),
+        replace(plan, num_replicas=1, partition=3),
+        replace(plan, batch=(replace(key, shape=(2, 1)),)),
+        replace(plan, units=(replace(plan.units[0], ranks=(0, 0)), plan.units[1])),
+        replace(plan, stages=(plan.stages[0], replace(plan.stages[1], inputs=("h_0", "h_0")))),
+    ):
+        with pytest.raises(PlanFileError):
+            check(bad)
+
+
+def test_rule_2_recompute_before_its_forward() -> None:
+    """It would find running statistics of modules that its forward never saw."""
+    plan = chain_plan(1, 1, 2, recompute=True)
+    index = find(plan, 0, Opcode.RECOMPUTE, micro_batch=1)
+    forward = find(plan, 0, Opcode.FORWARD, micro_batch=1)
+    assert broken_rules(moved(plan, 0, index, forward)) == {2}
+    assert broken_rules(moved(plan, 0, index, forward + 1)) == set()
+
+
+def test_rule_5_buffers_of_a_unit_larger_than_it() -> None:
+    """The runtime compares them with the model and refuses any other size."""
+    plan = chain_plan(offload_state=True)
+    for name in ("shard:stage.0", "host:shard:stage.0", "host:moments:stage.0"):
+        (entry,) = (buffer for buffer in plan.buffers[0] if buffer.name == name)
+        larger = with_buffer(plan, 0, name, shape=(*entry.shape[:-1], entry.shape[-1] + 1))
+        assert broken_rules(larger) == {5}, name
 
 
 def test_rule_3_backward_micro_batches_reversed() -> None:

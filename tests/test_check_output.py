@@ -81,7 +81,7 @@ def test_notes_say_what_is_not_claimed() -> None:
     plan = chain_plan(2, 2, 2, schedule=Schedule.ONE_F_ONE_B)
     notes = {verdict.number: verdict.note for verdict in check(plan).verdicts if verdict.note}
     assert notes == {
-        3: "1f1b does not claim it, only sums in ascending micro-batches",
+        3: "1f1b does not claim it, only forward passes and sums in ascending micro-batches",
         7: "the plan names no limit",
         8: "1f1b does not claim it",
     }

@@ -64,6 +64,9 @@ def test_a_schedule_that_breaks_a_rule_is_not_written(tmp_path: Path) -> None:
         (ONE_F_ONE_B, ["--forward-seconds=nan"], "no duration"),
         (ONE_F_ONE_B, ["--weight-seconds=-1"], "no duration"),
         (ONE_F_ONE_B, ["--tensor-size=big"], "not a number of bytes"),
+        (ONE_F_ONE_B, [f"--tensor-size={'9' * 400}GB"], "more than any memory"),
+        (ONE_F_ONE_B, ["--forward-seconds=999999999"], "a step of 3000000003 s"),
+        ("0B0\n", [], "has no forward"),
         (ONE_F_ONE_B, ["--cluster=a1000"], "unknown cluster 'a1000'"),
     ],
 )
@@ -74,6 +77,51 @@ def test_a_wrong_input_is_named(
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "schedule.plan.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b",,,,\n,,\n", b"0F0,0B0\n\n1F0,1B0\n", b"999999999999F0\n", b"999999999F0\n",
+        b"-1F0\n", b"0F999999999,0B999999999\n", b"0F0,0F0,0B0\n", b'"0F0,0B0\n',
+        b'"' + b"x" * 200_000, b"0F0\x00,0B0\n", b"\xff0F0", ONE_F_ONE_B.encode("utf-16"),
+        b"(0F0;)OVERLAP_F_B,0B0\n", b"()OVERLAP_F_B", b"\xd9\xa0F\xd9\xa0", b"0UNSHARD\n",
+    ],
+)  # fmt: skip
+def test_what_is_no_schedule_is_refused_in_words(content: bytes, tmp_path: Path) -> None:
+    csv = tmp_path / "schedule.csv"
+    csv.write_bytes(content)
+    result = CliRunner().invoke(main, [str(csv), f"--output={tmp_path / 'x.plan.yaml'}"])
+    assert result.exit_code == 2
+    assert str(csv) in result.stderr
+    assert "try: " in result.stderr
+    assert list(tmp_path.iterdir()) == [csv]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_what_spreadsheets_write_is_read(mark: str, line_end: str, tmp_path: Path) -> None:
+    csv = tmp_path / "schedule.csv"
+    csv.write_bytes((mark + ONE_F_ONE_B.replace("\n", line_end)).encode())
+    path = tmp_path / "schedule.plan.yaml"
+    result = CliRunner().invoke(main, [str(csv), f"--output={path}"])
+    assert result.exit_code == 0, result.output
+    assert read_plan(path).num_stages == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0F0," * 1_000_001, "more than 1000000 actions"),
+        ("0F0,0B0\n" * 8193, "8193 rows, more than 8192 ranks"),
+        ("," * 33_000_000, "33000000 bytes, more than"),
+    ],
+    ids=["actions", "ranks", "bytes"],
+)
+def test_what_is_too_large_is_refused_early(text: str, message: str, tmp_path: Path) -> None:
+    result = run(tmp_path, text)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

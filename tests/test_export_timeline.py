@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_torch_pipelining import plan_of
 
+from planner.check.table import instruction_label
 from planner.errors import UsageError
 from planner.export.chrome import chrome_trace, event_name
 from planner.export.timeline_file import (
@@ -22,6 +23,7 @@ from planner.export.timeline_file import (
     read_timeline,
     write_timeline,
 )
+from planner.plan.text import parse_instruction
 from planner.plan.types import Opcode, Plan
 from planner.schedules import Schedule
 from planner.simulate import memory_over_time, simulate
@@ -80,6 +82,8 @@ def test_a_timeline_survives_its_file(tmp_path: Path) -> None:
         (with_row(3, [0, 3, "a", 2.0]), "is no timeline"),
         (with_row(3, [0, 3, 2.0, 1.0]), "row 3 starts at 2.0 s and ends at 1.0 s"),
         (with_row(3, [0, 3, -1.0, 1.0]), "row 3 starts at -1.0 s"),
+        (with_row(3, [0, 3, 1.0, 1e300]), "row 3 starts at 1.0 s and ends at 1e[+]300 s"),
+        (with_row(3, [0, 3, 1.0, 10**400]), "row 3 starts at 1.0 s"),
         (with_row(3, [0, 2, 1.0, 2.0]), "no event, or two, before instruction 2"),
         (with_row(3, [7, 0, 1.0, 2.0]), "instruction 0 of pipeline rank 7"),
         (with_row(3, [0, 3, 1.0, float("nan")]), "is no timeline"),
@@ -158,6 +162,34 @@ def test_every_instruction_is_a_slice_on_its_stream() -> None:
     assert {"F 3.1", "B 0.2", "SEND h_0.1", "RECEIVE gradient:h_2.0", "GATHER stage.1"} <= names
 
 
+def test_no_process_or_thread_is_number_0() -> None:
+    """Perfetto keeps 0 for the idle task: it renames such a thread, or merges it with thread 1."""
+    for events in traced(PLAN, PLANNED, memory=memory_over_time(PLAN, PLANNED)).values():
+        assert all(event["pid"] > 0 and event["tid"] > 0 for event in events)
+
+
+def test_what_comes_and_goes_under_a_unit_is_named() -> None:
+    instructions = [
+        parse_instruction(line)
+        for line in (
+            "copy.in FETCH unit stage.0 : host:shard:stage.0 -> shard:stage.0",
+            "copy.in FETCH unit stage.0 : host:moments:stage.0 -> moments:stage.0",
+            "copy.out EVICT unit stage.0 : shard:stage.0 -> host:shard:stage.0",
+            "compute RELEASE unit stage.0 : shard:stage.0 -> shard:stage.0",
+            "compute RELEASE unit stage.0 : weights:float32.1 -> weights:float32.1",
+            "compute RELEASE micro_batch 1 : h_0.1 -> h_0.1",
+            "data CLIP : sum:stage.0 -> scale",
+        )
+    ]
+    assert [event_name(instruction) for instruction in instructions] == [
+        "FETCH shard:stage.0", "FETCH moments:stage.0", "EVICT shard:stage.0",
+        "RELEASE shard:stage.0", "RELEASE stage.0", "RELEASE h_0.1", "CLIP scale",
+    ]  # fmt: skip
+    assert [instruction_label(instruction) for instruction in instructions[3:]] == [
+        "RELEASE shard:stage.0", "RELEASE stage.0 from weights:float32.1", "RELEASE h_0.1", "CLIP",
+    ]  # fmt: skip
+
+
 def test_slices_of_a_stream_do_not_overlap() -> None:
     """Or the viewer would draw them inside each other."""
     lanes = defaultdict(list)
@@ -229,7 +261,7 @@ def test_memory_is_a_counter_of_the_planned_ranks() -> None:
     memory = memory_over_time(PLAN, PLANNED)
     counters = traced(PLAN, PLANNED, later(PLANNED, 0.5), memory=memory)["C"]
     for rank, held in enumerate(memory):
-        mine = [e for e in counters if e["pid"] == 2 * rank]
+        mine = [e for e in counters if e["pid"] == 2 * rank + 1]
         assert [e["ts"] for e in mine] == pytest.approx([s * 1e6 for s in held.seconds])
         assert max(sum(e["args"].values()) for e in mine) == held.peak.total_bytes > 0
     assert len(counters) == sum(len(held.seconds) for held in memory)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from models import own
-from planned import Chain, assert_same, model_of, plan_of
+from planned import Chain, assert_same, model_of, plan_of, traced
 from torch import nn
 
 from planner.plan.types import Opcode, Plan
 from planner.schedules import Schedule
-from planner.trace import trace
 
 TOLERANCE = 1e-6
 
@@ -44,7 +43,7 @@ SCHEDULES = (
 
 
 def plan(name: str, schedule: Schedule, *, num_pipeline_ranks: int = 2, **choices: Any) -> Plan:
-    num_layers = len(trace(MODELS[name]).layer_graph(2).layers)
+    num_layers = len(traced(MODELS[name]).layer_graph(2).layers)
     num_stages = num_pipeline_ranks * (1 if schedule in ONE_STAGE_PER_RANK else 2)
     cuts = [round(s * num_layers / num_stages) for s in range(num_stages + 1)]
     if schedule is Schedule.HYBRID:

@@ -3,16 +3,16 @@
 T5's weight is tied between three places on two ranks, and so is GPT-2's: within 1e-6 there.
 """
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
-from planned import assert_same, plan_of
+from planned import assert_same, plan_of, traced
 from torch import Tensor, nn
 
 from planner.model_file import ModelFile, model_from_functions
-from planner.trace import trace
 
 VOCABULARY, LENGTH = 64, 8
 COMMON = {"vocab_size": VOCABULARY, "use_cache": False}
@@ -39,6 +39,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@functools.cache
 def model_file(name: str) -> ModelFile:
     keys = ["input_ids", "targets"] + (["decoder_input_ids"] if name == "t5" else [])
 
@@ -56,7 +57,7 @@ def model_file(name: str) -> ModelFile:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_four_stages(name: str, num_pipeline_ranks: int, recompute: bool) -> None:
     model = model_file(name)
-    num_layers = len(trace(model).layer_graph(2).layers)
+    num_layers = len(traced(model).layer_graph(2).layers)
     plan = plan_of(
         model,
         tuple(round(stage * num_layers / 4) for stage in range(5)),

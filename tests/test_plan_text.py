@@ -88,8 +88,10 @@ def test_plans_of_every_schedule_survive(
 
 
 def renamed(value: Any, names: dict[str, str]) -> Any:
-    """The value with parts of its texts replaced wherever they stand, but for code."""
+    """The value with parts of its texts replaced wherever they stand; of code only batch keys."""
     match value:
+        case Statement(function="batch"):
+            return replace(value, arguments=renamed(value.arguments, names))
         case Schedule() | Opcode() | Statement() | None | bool() | int() | float():
             return value
         case str():

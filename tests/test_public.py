@@ -16,7 +16,7 @@ import runtime
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.errors",),
-    ("planner.operators", "planner.schedules", "planner.storages"),
+    ("planner.files", "planner.operators", "planner.schedules", "planner.storages"),
     ("planner.plan.code",),
     ("planner.graph",),
     ("planner.cluster.types",),

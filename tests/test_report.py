@@ -8,6 +8,8 @@ from synthetic import chain_plan
 
 from planner.check import check
 from planner.errors import UsageError
+from planner.export.skeleton import StageCosts, ideal_cluster, skeleton_plan
+from planner.export.torch_import import parse_csv
 from planner.report import (
     bytes_text,
     count_text,
@@ -36,7 +38,9 @@ def test_bytes_from_words(text: str, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "40XB", "0", "0.1", "1e9", "nan", "4,0GB"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "40XB", "0", "0.1", "1e9", "nan", "4,0GB", "9" * 400]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match=r"memory|bytes"):
         parse_bytes(text)
@@ -59,6 +63,12 @@ def test_counts_and_seconds_in_words() -> None:
     assert [count_text(n) for n in (7, 1.258e12)] == ["7", "1.26 T"]
     assert [seconds_text(s) for s in (0, 2e-6, 0.0123, 1.5, 4321)] == [
         "0 us", "2 us", "12.3 ms", "1.5 s", "4321 s"
+    ]  # fmt: skip
+
+
+def test_seconds_that_round_up_take_the_next_unit() -> None:
+    assert [seconds_text(s) for s in (0.9994, 0.9999, 0.99996e-3, 999.4, 999.7)] == [
+        "999 ms", "1 s", "1 ms", "999 s", "1000 s"
     ]  # fmt: skip
 
 
@@ -112,3 +122,11 @@ def test_halves_of_backward_have_letters_of_their_own() -> None:
     assert "B" in rows[1]
     assert "=" in rows[1]
     assert "=: weight gradients" in rows[-1]
+
+
+def test_a_letter_that_any_rank_uses_is_explained() -> None:
+    schedule = parse_csv("0F0,0B0\n1F0,1I0,1W0\n")
+    plan = skeleton_plan(schedule, StageCosts(), ideal_cluster(2))
+    rows = timeline_rows(plan, simulate(plan).timeline, width=60)
+    assert "=" in str(rows[1])
+    assert "=: weight gradients" in str(rows[-1])

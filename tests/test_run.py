@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from training import EXAMPLES, even_plan, example, train_by_plan
 
+from planner.cli.plan import main as lga_plan
 from planner.model_file import load_model_file
 from planner.plan.file import read_plan, write_plan
-from planner.plan.types import PlanOptions
+from planner.plan.types import Opcode, PlanOptions
 from planner.schedules import Schedule
+from runtime.build import build_model
 
 TOOLS = Path(sys.executable).parent
 
@@ -32,7 +35,10 @@ def command(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 
 def plan(folder: Path, model: str, *options: str) -> Path:
-    """Plan for processes of this machine; the cluster is given so that nothing is measured."""
+    """Plan for processes of this machine; the cluster is given so that nothing is measured.
+
+    In this process: starting the command takes longer than what it does.
+    """
     (folder / "cluster.yaml").write_text(
         "name: four processes\n"
         "hosts:\n"
@@ -41,10 +47,11 @@ def plan(folder: Path, model: str, *options: str) -> Path:
         "network: loopback\n"
         "backend: gloo\n"
     )
-    words = ("--cluster", "cluster.yaml", "--time-limit", "5", "--output", "a.plan.yaml")
-    result = command(folder, "lga-plan", model, *words, *options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "a.plan.yaml"
+    output = folder / "a.plan.yaml"
+    words = ("--cluster", str(folder / "cluster.yaml"), "--output", str(output))
+    result = CliRunner().invoke(lga_plan, [model, *words, "--time-limit", "5", *options])
+    assert result.exit_code == 0, result.output
+    return output
 
 
 @pytest.mark.parametrize(
@@ -53,13 +60,18 @@ def plan(folder: Path, model: str, *options: str) -> Path:
         ("gpt", "--gpus 2 --pipeline-ranks 2 --stages-per-rank 2 --micro-batches 3"),
         ("resnet", "--gpus 2 --replicas 2 --partition 3 --stages-per-rank 3 --recompute"),
         ("unet", "--gpus 4 --pipeline-ranks 4 --stages-per-rank 2 --recompute"),
-        ("mlp", "--gpus 4 --pipeline-ranks 2 --replicas 2 --partition 0"),
+        (
+            "mlp",
+            "--gpus 4 --pipeline-ranks 2 --replicas 2 --partition 0 --clip-norm 1 --check-finite",
+        ),
         ("mlp", "--gpus 1 --stages-per-rank 1 --micro-batches 1"),
     ],
 )
 def test_plan_verify_train_save(name: str, options: str, tmp_path: Path) -> None:
     model = str(EXAMPLES / f"{name}.py")
     path = plan(tmp_path, model, "--batch-size", "12", *options.split())
+    ends = {i.opcode for i in read_plan(path).programs[-1]} & {Opcode.CHECK_FINITE, Opcode.CLIP}
+    assert len(ends) == (2 if "--clip-norm" in options else 0)
     words = ("--verify", "--steps", "4", "--save", "weights.pt")
     result = command(tmp_path, "lga-run", str(path), model, *words)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -110,15 +122,13 @@ def test_torchrun_trains_the_same(tmp_path: Path) -> None:
     model = str(EXAMPLES / "mlp.py")
     options = ("--gpus", "2", "--batch-size", "8", "--pipeline-ranks", "2")
     path = plan(tmp_path, model, *options)
-    ours = command(tmp_path, "lga-run", str(path), model, "--steps", "3", "--save", "a.pt")
-    assert ours.returncode == 0, ours.stderr
     words = ("--standalone", "--nproc-per-node", "2", "-m", "runtime", str(path), model)
-    theirs = command(tmp_path, "torchrun", *words, "--steps", "3", "--save", "b.pt")
+    theirs = command(tmp_path, "torchrun", *words, "--steps", "3", "--save", "a.pt")
     assert theirs.returncode == 0, theirs.stderr
-    first = torch.load(tmp_path / "a.pt", weights_only=True)
-    second = torch.load(tmp_path / "b.pt", weights_only=True)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    trained = torch.load(tmp_path / "a.pt", weights_only=True)
+    expected = train_by_plan(example("mlp")[0], read_plan(path), num_steps=3).state
+    assert expected.keys() == trained.keys()
+    assert all(torch.equal(trained[key], value) for key, value in expected.items())
 
 
 def test_verify_fails_loudly_where_the_model_cannot_be_reproduced(tmp_path: Path) -> None:
@@ -135,9 +145,35 @@ def test_verify_fails_loudly_where_the_model_cannot_be_reproduced(tmp_path: Path
         "def loss_fn(output, batch):\n"
         "    return output.square().mean()\n"
     )
-    path = plan(tmp_path, "model.py", "--gpus", "2", "--pipeline-ranks", "2")
+    path = plan(tmp_path, str(tmp_path / "model.py"), "--gpus", "2", "--pipeline-ranks", "2")
     result = command(tmp_path, "lga-run", str(path), "model.py", "--verify")
     assert result.returncode == 1
     assert "differ from plain accumulation; the worst is" in result.stderr
     assert "outside torch" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_steps_that_are_not_finite_are_said_and_change_nothing(tmp_path: Path) -> None:
+    model = tmp_path / "model.py"
+    model.write_text(
+        "import torch\n"
+        "def build_model():\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))\n"
+        "def example_batch(batch_size):\n"
+        "    return {'input': torch.full((batch_size, 4), torch.nan)}\n"
+        "def loss_fn(output, batch):\n"
+        "    return output.square().mean()\n"
+    )
+    options = ("--gpus", "2", "--pipeline-ranks", "2", "--clip-norm", "1.0", "--check-finite")
+    path = plan(tmp_path, str(model), *options)
+    words = ("--steps", "3", "--save", "weights.pt")
+    result = command(tmp_path, "lga-run", str(path), "model.py", *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for step in (1, 2, 3):
+        assert f"step {step}/3  loss nan" in result.stdout
+        assert f"step {step}: a gradient is not finite, nothing was updated" in result.stdout
+    assert result.stderr == ""
+    seed = read_plan(path).options.seed
+    fresh = build_model(load_model_file(str(model)), seed, torch.device("cpu")).state_dict()
+    trained = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(trained[key], value) for key, value in fresh.items())

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from models import own
-from planned import model_of, plan_of, vectors
+from planned import Chain, model_of, plan_of, vectors
 from stepping import CPU, LAYOUTS, batches, linears, on_every_rank, whole_state
 from test_parity_schedules import MODELS, plan
 from torch import Tensor, nn
+from torch.nn import functional
 
-from planner.errors import UsageError
+from planner.errors import RunError, UsageError
 from planner.model_file import ModelFile
 from planner.plan.types import Plan
+from planner.schedules import Schedule
 from runtime.build import build_model
 from runtime.executor import Executor
 from runtime.local import run_local
@@ -119,3 +121,72 @@ def test_a_plan_of_an_evaluation_alone_evaluates_and_does_not_train() -> None:
     assert any(whole)
     with pytest.raises(UsageError, match="only evaluates"):
         on_every_rank(made.forward_only(), model_file, lambda executor: executor.step(batch))
+
+
+class Functional(nn.Module):
+    """Normalises between its layers, by functions: by the batch alone, or by running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("mean", torch.full((8,), 0.5))
+        self.register_buffer("variance", torch.full((8,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = functional.batch_norm(self.one(x), None, None, training=True)
+        hidden = functional.instance_norm(hidden.unflatten(1, (2, 4))).flatten(1)
+        hidden = functional.batch_norm(hidden, self.mean, self.variance, training=self.training)
+        output: Tensor = self.two(functional.dropout(hidden, 0.5, self.training))
+        return output
+
+
+def test_functions_between_layers_act_as_in_evaluation() -> None:
+    model_file = model_of(Functional)
+    made = plan_of(model_file, (0, 2), num_micro_batches=2)
+    (given,) = batches(made, model_file, 0)
+    (losses,) = on_every_rank(made, model_file, lambda executor: executor.evaluate(given).losses)
+    model = build_model(model_file, made.options.seed, CPU)
+    assert torch.equal(torch.stack(losses), eager_losses(made, model_file, model, given))
+
+
+class Failing(nn.Linear):
+    """Fails in evaluation mode."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if not self.training:
+            raise ArithmeticError("no")
+        return super().forward(input)
+
+
+def test_an_evaluation_that_fails_leaves_the_modes_and_a_broken_executor() -> None:
+    model_file = model_of(lambda: Chain(lambda: Failing(8, 8)))
+    made = plan_of(model_file, (0, 2, 5), num_micro_batches=2)
+
+    def run(executor: Executor) -> None:
+        with pytest.raises(UsageError, match="batch"):  # before anything was done
+            executor.evaluate({})
+        executor.step(vectors(4))
+        with pytest.raises(ArithmeticError):
+            executor.evaluate(vectors(4))
+        assert all(module.training for module in executor._model.modules())
+        for act in (executor.step, executor.evaluate):
+            with pytest.raises(RunError, match="was stopped in the middle of an evaluation"):
+                act(vectors(4))
+
+    on_every_rank(made, model_file, run)
+
+
+def test_a_rank_that_loads_nothing_needs_no_batch_and_no_rank_draws_random_numbers() -> None:
+    model_file = MODELS["mlp"]
+    made = plan("mlp", Schedule.LAYERED, num_pipeline_ranks=3)
+    (given,) = batches(made, model_file, 0)
+
+    def run(executor: Executor) -> tuple[bool, tuple[Tensor, ...]]:
+        batch = given if executor.loads_batch else {}
+        return executor.loads_batch, executor.evaluate(batch).losses
+
+    before = torch.get_rng_state()
+    found = on_every_rank(made, model_file, run)
+    assert [loads for loads, _ in found] == [True, False, True]
+    assert [len(losses) for _, losses in found] == [0, 0, made.num_micro_batches]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -9,18 +9,16 @@ import pytest
 import torch
 from models import own
 from planned import Chain, Layer, assert_same, model_of, plan_of
+from stepping import on_every_rank
 from torch import Tensor, nn
 
 from planner.errors import PlanFileError
 from planner.plan.names import buffer_key, stream_of
 from planner.plan.types import Buffer, Instruction, Opcode, Plan
 from planner.schedules import Schedule
-from runtime.build import make_executor
 from runtime.executor import Executor
-from runtime.local import run_local
 from runtime.memory import peak_memory
 
-CPU = torch.device("cpu")
 WIDTH, NUM_ROWS = 64, 256
 
 
@@ -46,14 +44,7 @@ class Wide(nn.Module):
 
 
 def on_one_rank(made: Plan, model_file: Any, function: Callable[[Executor], Any]) -> Any:
-    def run(transport: Any, world_rank: int) -> Any:
-        executor = make_executor(made, model_file, transport, world_rank, CPU)
-        try:
-            return function(executor)
-        finally:
-            executor.close()
-
-    return run_local(made, run)[0]
+    return on_every_rank(made, model_file, function)[0]
 
 
 def peak_bytes(made: Plan, model_file: Any) -> int:

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 from made import made_plan, spans
-from synthetic import chain_cluster, chain_plan
+from synthetic import chain_cluster, chain_graph, chain_placement, chain_plan, chain_profile
 
 from planner.cluster.types import Allocator, Cluster, Device
 from planner.errors import PlanFileError
+from planner.lower import lower
 from planner.plan.file import parse_plan, print_plan
-from planner.plan.types import Plan, Unit
+from planner.plan.types import Plan, PlanOptions, Unit
 from planner.plan.validate import validate_references
+from planner.profile import OperatorCount
 from planner.simulate import simulate
 
 UNIT = Unit(
@@ -110,6 +112,39 @@ def test_an_update_waits_for_the_slowest_replica() -> None:
     assert simulate(plan).step_seconds == 2 * 4 * 4 * 100 / 50.0
 
 
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("bfloat16", 2), ("float64", 8)])
+def test_an_update_moves_the_bytes_of_its_dtype(dtype: str, element_bytes: int) -> None:
+    plan = made_plan(
+        "compute UPDATE unit u : sum:u.0 shard:u moments:u -> shard:u moments:u",
+        cluster=with_device(chain_cluster(1), memory_bandwidth=100.0),
+        units=(replace(UNIT, dtype=dtype),),
+    )
+    assert simulate(plan).step_seconds == 2 * 4 * element_bytes * 100 / 100.0
+
+
+@pytest.mark.parametrize("slow_host", [0, 1])
+def test_a_stage_takes_as_long_as_on_the_slowest_replica(slow_host: int) -> None:
+    cluster = chain_cluster(2, devices_per_host=1)
+    cluster = with_device(cluster, kernel_overhead_seconds=1.0)
+    cluster = with_device(cluster, slow_host, kernel_overhead_seconds=3.0, message_seconds=0.5)
+    graph = chain_graph(2)
+    kernels = (OperatorCount(flop=0, moved_bytes=0, dtype="float32", num_kernels=1),)
+    profile = replace(
+        chain_profile(graph),
+        layers=tuple(
+            replace(
+                layer, forward=kernels, backward=2 * kernels,
+                forward_seconds=None, backward_seconds=None,
+            )
+            for layer in chain_profile(graph).layers
+        ),
+    )  # fmt: skip
+    placement = chain_placement(1, 1, 1, num_replicas=2)
+    placement = replace(placement, boundaries=(0, 2))
+    plan = lower(graph, profile, cluster, placement, PlanOptions())
+    assert (plan.stages[0].forward_seconds, plan.stages[0].backward_seconds) == (6.0, 12.0)
+
+
 def test_issuing_takes_host_time_between_computes() -> None:
     """Each compute waits until the host has issued it and what stands before it."""
     cluster = with_device(chain_cluster(1), instruction_overhead_seconds=0.25, host_bandwidth=8.0)
@@ -130,6 +165,17 @@ def test_issuing_takes_host_time_between_computes() -> None:
         (12.75, 13.75),  # behind the other in its stream, which does not hold up the host
         (3.25, 4.25),
     ]
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_on_one_rank_every_instruction_adds_what_its_issue_takes(
+    num_stages: int, num_micro_batches: int
+) -> None:
+    plan = chain_plan(num_stages, 1, num_micro_batches)
+    slow = with_device(plan.cluster, instruction_overhead_seconds=0.25)
+    added = simulate(plan, slow).step_seconds - simulate(plan).step_seconds
+    assert added == pytest.approx(0.25 * len(plan.programs[0]))
 
 
 def test_issuing_waits_for_buffers_but_not_for_a_peer() -> None:

@@ -253,6 +253,20 @@ def test_replicas_on_different_links_go_at_the_slowest_ones_pace() -> None:
     assert simulate(plan).step_seconds == 1.0 + 8 / 2.0
 
 
+@pytest.mark.parametrize("duplex", [True, False])
+def test_a_host_with_the_networks_own_kind_of_link_has_two_ports(duplex: bool) -> None:
+    """Rank 0 sends to its host's other device and to the next host at once, each at full rate."""
+    cluster = two_hosts(None)
+    link = replace(cluster.network, duplex=duplex)
+    hosts = tuple(replace(host, link=link) for host in cluster.hosts)
+    plan = fan_out(replace(cluster, hosts=hosts, network=link), (8, 8))
+    simulation = simulate(replace(plan, cluster=replace(plan.cluster, hosts=hosts, network=link)))
+    assert simulation.step_seconds == 2.0
+    way = "out" if duplex else "both ways"
+    assert simulation.link_bytes[f"network port of rank 0, {way}"] == 8
+    assert simulation.link_bytes[f"network port of rank 0 between hosts, {way}"] == 8
+
+
 def test_two_simulations_are_equal() -> None:
     plan = fan_out(chain_cluster(3, bandwidth=0.3, latency_seconds=0.07), (7, 11))
     assert simulate(plan) == simulate(plan)

@@ -26,7 +26,10 @@ from runtime.reference import accumulate, loss_of_model
 from runtime.shards import UnitState
 from runtime.transport import Traffic
 
-__all__ = ["EXAMPLES", "Run", "even_plan", "example", "relative_rms", "train_plainly"]
+__all__ = [
+    "EXAMPLES", "NUM_STEPS", "Run", "even_plan", "example", "relative_rms", "train_by_plan",
+    "train_plainly",
+]  # fmt: skip
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NUM_STEPS = 3

@@ -94,13 +94,16 @@ def silent_peer(transport: ExchangeTransport, world_rank: int, plan: Plan) -> di
     return {}
 
 
-def _lose_rank_1(how: Callable[[], None]) -> Callable[..., dict[str, Tensor]]:
+def _lose_rank_1(
+    how: Callable[[], None], *, in_world: bool = False
+) -> Callable[..., dict[str, Tensor]]:
     def scenario(transport: ExchangeTransport, world_rank: int, _: Plan) -> dict[str, Tensor]:
         tensor = torch.zeros(4)
-        transport.all_reduce(tensor, "first sum").wait()
+        add = transport.all_reduce_world if in_world else transport.all_reduce
+        add(tensor, "first sum").wait()
         if world_rank == 1:
             how()
-        transport.all_reduce(tensor, "second sum").wait()
+        add(tensor, "second sum").wait()
         return {}
 
     return scenario
@@ -122,7 +125,7 @@ SCENARIOS: dict[str, Callable[[ExchangeTransport, int, Plan], dict[str, Tensor]]
     "every_call": every_call,
     "many_at_once": many_at_once,
     "silent_peer": silent_peer,
-    "killed": _lose_rank_1(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "killed": _lose_rank_1(lambda: os.kill(os.getpid(), signal.SIGKILL), in_world=True),
     "killed_in_collective": killed_in_collective,
     "stopped": _lose_rank_1(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "exited": _lose_rank_1(lambda: sys.exit(3)),

@@ -100,7 +100,8 @@ def _note(plan: Plan, number: int, runs: bool) -> str:
     if evaluates and number in (2, 3, 6, 10):
         return "evaluation: no backward"
     if number == 3 and plan.schedule is not Schedule.LAYERED:
-        return f"{plan.schedule.value} does not claim it, only sums in ascending micro-batches"
+        what = "sums" if plan.schedule is Schedule.CUSTOM else "forward passes and sums"
+        return f"{plan.schedule.value} does not claim it, only {what} in ascending micro-batches"
     if number == 8 and not claims_traffic(plan):
         return f"{plan.schedule.value} does not claim it"
     return ""

@@ -50,6 +50,14 @@ def _table_failures(plan: Plan) -> Iterator[tuple[int, Failure]]:
         if held[parameter.name] > 1 or (parameter.trainable and not held[parameter.name]):
             message = f"parameter {parameter.name} is in {held[parameter.name]} units"
             yield 6, Failure(message=f"{message}: look at the plan's units")
+    specs = {parameter.name: parameter for parameter in plan.parameters}
+    for unit in plan.units:
+        found = [specs[name] for name in unit.parameters]
+        needed = (sum(p.num_elements for p in found), any(p.trainable for p in found))
+        same = {p.dtype for p in found} == {unit.dtype}
+        if not same or needed != (unit.num_elements, unit.trainable):
+            message = f"{unit.name} differs from its parameters in size, type or training"
+            yield 6, Failure(message=f"{message}: look at the plan's units")
     users: dict[str, list[int]] = {unit.name: [] for unit in plan.units}
     for stage in plan.stages:
         for name in stage.units:

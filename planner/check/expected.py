@@ -174,7 +174,9 @@ class Expected:
             "part": unit.num_elements,
             "moments": self.part_elements(unit) * self.plan.options.optimizer_slots,
         }
-        return _lack(buffer, unit.dtype, sizes.get(kind, self.part_elements(unit)))
+        num_elements = sizes.get(kind, self.part_elements(unit))
+        same = (buffer.dtype, math.prod(buffer.shape)) == (unit.dtype, num_elements)
+        return "" if same else f"{num_elements} of {unit.dtype}"
 
 
 def _lack(buffer: Buffer, dtype: str, num_elements: int) -> str:

@@ -12,6 +12,11 @@ from planner.schedules import Schedule
 __all__ = ["every_layer_once", "every_pass_once", "keyed_randomness", "layered_order"]
 
 _HALVES = (Opcode.BACKWARD_INPUT, Opcode.BACKWARD_WEIGHT)
+_BEHIND = {
+    Opcode.BACKWARD_WEIGHT: Opcode.BACKWARD_INPUT,
+    # It must find the buffers of modules (running statistics) as FORWARD found them.
+    Opcode.RECOMPUTE: Opcode.FORWARD,
+}
 Pass = tuple[int | None, int | None]
 """(stage, micro-batch)."""
 
@@ -25,6 +30,10 @@ def every_layer_once(plan: Plan) -> Failure | None:
     if len(set(made)) < len(made):
         twice, _ = Counter(made).most_common(1)[0]
         return Failure(message=f"two stages make {twice}: look at the plan's stages")
+    called = [s for stage in plan.stages for s in stage.code if s.function == "layer"]
+    twice, number = Counter(s.target for s in called).most_common(1)[0] if called else ("", 0)
+    if number > 1:
+        return Failure(message=f"two stages call the layer of {twice}: look at their code")
     stage_ranks = [stage.rank for stage in plan.stages]
     for rank, program in enumerate(plan.programs):
         for index, instruction in enumerate(program):
@@ -47,21 +56,19 @@ def every_pass_once(plan: Plan) -> Failure | None:
     """Rule 2: each stage runs each micro-batch forward once and backward once.
 
     Backward runs whole or in two halves, that for inputs first. A stage that recomputes runs
-    forward once more, others never. A plan of evaluation has no backward.
+    forward once more, later, others never. A plan of evaluation has no backward.
     """
     counts: dict[Opcode, dict[Pass, int]] = {opcode: {} for opcode in COMPUTE}
-    first_half: set[Pass] = set()
     for rank, program in enumerate(plan.programs):
         for index, instruction in enumerate(program):
             opcode = instruction.opcode
             if opcode in COMPUTE:
                 key, found = (instruction.stage, instruction.micro_batch), counts[opcode]
                 found[key] = found.get(key, 0) + 1
-                if opcode is Opcode.BACKWARD_INPUT:
-                    first_half.add(key)
-                elif opcode is Opcode.BACKWARD_WEIGHT and key not in first_half:
-                    message = f"stage {key[0]}, micro-batch {key[1]}: BACKWARD_WEIGHT stands before"
-                    message += " its BACKWARD_INPUT"
+                first = _BEHIND.get(opcode)
+                if first is not None and key not in counts[first]:
+                    message = f"stage {key[0]}, micro-batch {key[1]}: {opcode.value} stands before "
+                    message += f"its {first.value}"
                     return Failure(message=message, cells=((rank, index),))
     for stage in plan.stages:
         for micro_batch in range(plan.num_micro_batches):
@@ -102,13 +109,17 @@ def _cells_of_pass(plan: Plan, key: Pass, opcode: Opcode) -> tuple[Cell, ...]:
 def layered_order(plan: Plan) -> Failure | None:
     """Rule 3: the layered order on every rank, of plans that claim it.
 
-    Forward: stage by stage, ascending, all micro-batches of one before the next. Then backward:
-    stage by stage, descending, micro-batches ascending, so that a rank ends the backward pass of
-    all micro-batches through a stage before it begins any preceding one. Compute is one stream, so
-    program order is the order of every interleaving. RECOMPUTE may stand wherever its data allow.
+    Forward: stage by stage, ascending, all micro-batches of one before the next, and ascending.
+    Then backward: stage by stage, descending, micro-batches ascending, so that a rank ends the
+    backward pass of all micro-batches through a stage before it begins any preceding one. Compute
+    is one stream, so program order is the order of every interleaving. RECOMPUTE may stand wherever
+    its data allow. Other schedules of ours claim only that each stage's FORWARDs ascend: running
+    statistics of the user's modules depend on their order.
     """
-    if plan.schedule is not Schedule.LAYERED:
+    if plan.schedule in (Schedule.FORWARD, Schedule.CUSTOM):
         return None
+    if plan.schedule is not Schedule.LAYERED:
+        return _forward_order(plan)
     for rank, program in enumerate(plan.programs):
         before: tuple[int, Instruction] | None = None
         for index, step in enumerate(program):
@@ -124,10 +135,25 @@ def layered_order(plan: Plan) -> Failure | None:
     return None
 
 
+def _forward_order(plan: Plan) -> Failure | None:
+    for rank, program in enumerate(plan.programs):
+        last: dict[int | None, tuple[int, Instruction]] = {}
+        for index, step in enumerate(program):
+            if step.opcode is not Opcode.FORWARD:
+                continue
+            before = last.get(step.stage)
+            if before and _place(before[1]) > _place(step):
+                message = f"{_name(step)} stands behind {_name(before[1])}: the micro-batches of a "
+                message += "stage must run forward in ascending order"
+                return Failure(message=message, cells=((rank, index), (rank, before[0])))
+            last[step.stage] = index, step
+    return None
+
+
 def _place(step: Instruction) -> tuple[int, int, int]:
-    """Where a step stands in the layered order; equal for all micro-batches of a FORWARD."""
+    """Where a step stands in the layered order."""
     if step.opcode is Opcode.FORWARD:
-        return 0, step.stage or 0, 0
+        return 0, step.stage or 0, step.micro_batch or 0
     return 1, -(step.stage or 0), step.micro_batch or 0
 
 

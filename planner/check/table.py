@@ -7,6 +7,7 @@ where lines are left out. The first marked one of each rank stands in one row.
 from collections.abc import Sequence
 
 from planner.check.types import Cell
+from planner.plan.names import kind_of
 from planner.plan.types import Instruction, Opcode, Plan
 
 __all__ = ["instruction_label", "program_table"]
@@ -38,12 +39,12 @@ def instruction_label(instruction: Instruction) -> str:
             return f"RECEIVE {' '.join(instruction.writes)} from {instruction.peer}"
         case Opcode.LOAD | Opcode.FETCH:
             return f"{opcode.value} {' '.join(instruction.writes)}"
-        case Opcode.EVICT:
-            return f"EVICT {' '.join(instruction.reads)}"
         case Opcode.GATHER:
             return f"GATHER {instruction.unit} into {' '.join(instruction.writes)}"
-        case Opcode.RELEASE:
+        case Opcode.RELEASE if any(kind_of(name) == "weights" for name in instruction.reads):
             return f"RELEASE {instruction.unit} from {' '.join(instruction.reads)}"
+        case Opcode.EVICT | Opcode.RELEASE:
+            return f"{opcode.value} {' '.join(instruction.reads)}"
     return f"{opcode.value} {instruction.unit}" if instruction.unit is not None else opcode.value
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from planner.check import check
 from planner.cluster.resolve import resolve_cluster
 from planner.console import HELP, SAMPLES, check_can_write, command_errors, console
-from planner.errors import CheckError
+from planner.errors import CheckError, UsageError
 from planner.export.files import read_text
 from planner.export.skeleton import StageCosts, ideal_cluster, skeleton_plan
 from planner.export.torch_import import parse_csv
@@ -20,7 +20,8 @@ from planner.simulate import simulate
 
 __all__ = ["main"]
 
-_MAX_CSV_BYTES = 64_000_000
+_MAX_CSV_BYTES = 32_000_000
+_MAX_STEP_SECONDS = 1e9
 _EXAMPLE = "a CSV such as torch's _dump_csv and lga-show --csv write"
 
 
@@ -116,8 +117,18 @@ def main(
 
 
 def _predicted(plan: Plan) -> Plan:
-    """With its prediction, which is printed."""
+    """With its prediction, which is printed.
+
+    Raises:
+        UsageError: a step takes longer than a plan file may say.
+    """
     simulation = simulate(plan)
+    if simulation.step_seconds > _MAX_STEP_SECONDS:
+        raise UsageError(
+            f"a step of {simulation.step_seconds:.0f} s is more than the {_MAX_STEP_SECONDS:.0f} s "
+            "that a plan can have",
+            hint="give smaller seconds of stages",
+        )
     words = f"step      {seconds_text(simulation.step_seconds)}, bubble {simulation.bubble:.1%}"
     console.print(Text(words), soft_wrap=True)
     devices = [plan.cluster.device(rank) for rank in range(plan.world_size)]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from planner.plan.names import kind_of
 from planner.plan.types import Instruction, Opcode, Plan
 from planner.simulate import MemoryOverTime
 from planner.timeline import Event, Timeline
@@ -29,6 +30,9 @@ _LETTERS = {
     Opcode.BACKWARD_WEIGHT: "W",
 }
 _WORDS = {"simulated": "planned"}
+_FIRST = 1
+"""Number of the first process, and of each one's first thread: 0 is the idle task to Perfetto."""
+_MOVES = (Opcode.FETCH, Opcode.EVICT, Opcode.RELEASE)
 _STREAMS = ("compute", "data", "copy.in", "copy.out")
 """First in this order, then transfers by peer."""
 
@@ -46,7 +50,7 @@ def chrome_trace(
         memory: of the first timeline, per pipeline rank; drawn as a stack of its classes.
     """
     threads = tuple(
-        {stream: thread for thread, stream in enumerate(_streams(plan, rank))}
+        {stream: thread for thread, stream in enumerate(_streams(plan, rank), _FIRST)}
         for rank in range(plan.num_pipeline_ranks)
     )
     events: list[TraceEvent] = []
@@ -60,19 +64,24 @@ def chrome_trace(
         )
         events += [*drawing.processes(), *drawing.slices(), *drawing.arrows()]
     for rank, held in enumerate(memory):
-        events += _counters(held, rank * len(timelines))
+        events += _counters(held, _FIRST + rank * len(timelines))
     lines = ",\n".join(json.dumps(event) for event in events)
     return f'{{"displayTimeUnit": "ms", "traceEvents": [\n{lines}\n]}}\n'
 
 
 def event_name(instruction: Instruction) -> str:
-    """`F 3.1` for FORWARD of stage 3, micro-batch 1; `SEND h_3.1`, `GATHER stage.3`, ..."""
+    """`F 3.1` for FORWARD of stage 3, micro-batch 1; `SEND h_3.1`, `GATHER stage.3`, ...
+
+    What FETCH, EVICT and RELEASE move of a unit's state is named: it is not the unit's weights.
+    """
     if instruction.opcode in _LETTERS:
         letter = _LETTERS[instruction.opcode]
         return f"{letter} {instruction.stage}.{instruction.micro_batch}"
     leaves = instruction.opcode in (Opcode.SEND, Opcode.EVICT)
     buffers = instruction.reads if leaves else instruction.writes
-    subject = instruction.unit or (buffers[0] if buffers else "")
+    subject = buffers[0] if buffers else ""
+    if instruction.unit and not (instruction.opcode in _MOVES and kind_of(subject) != "weights"):
+        subject = instruction.unit
     return f"{instruction.opcode.value} {subject}".rstrip()
 
 
@@ -90,7 +99,7 @@ class _Drawing:
 
     def process(self, rank: int) -> int:
         """The same rank's processes of all timelines stand next to each other."""
-        return rank * self.num_timelines + self.position
+        return _FIRST + rank * self.num_timelines + self.position
 
     def processes(self) -> Iterator[TraceEvent]:
         """Names and places of processes and threads."""
@@ -188,7 +197,9 @@ def _streams(plan: Plan, rank: int) -> list[str]:
     return [stream for stream in _STREAMS if stream in used] + peers
 
 
-def _metadata(name: str, process: int, arguments: dict[str, Any], thread: int = 0) -> TraceEvent:
+def _metadata(
+    name: str, process: int, arguments: dict[str, Any], thread: int = _FIRST
+) -> TraceEvent:
     return {"ph": "M", "name": name, "pid": process, "tid": thread, "args": arguments}
 
 
@@ -198,7 +209,7 @@ def _counters(held: MemoryOverTime, process: int) -> Iterator[TraceEvent]:
             "ph": "C",
             "name": "memory (bytes)",
             "pid": process,
-            "tid": 0,
+            "tid": _FIRST,
             "ts": _microseconds(seconds),
             "args": {name: num_bytes[moment] for name, num_bytes in held.by_class.items()},
         }

@@ -3,11 +3,10 @@
 Knows files. Does not know what is in them.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
 from planner.errors import UsageError
+from planner.files import write_whole
 
 __all__ = ["read_text", "write_text"]
 
@@ -20,15 +19,7 @@ def write_text(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     try:
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        write_whole(path, text.encode())
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror}", hint="give another path"
@@ -36,7 +27,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path, *, most_bytes: int, wanted: str) -> str:
-    """The whole text of a file of at most `most_bytes`; `wanted` says what it should be.
+    """The whole text of a file of at most `most_bytes`, less a byte order mark; `wanted` says what
+    it should be.
 
     Raises:
         UsageError: it is missing, no file, too large, or not text.
@@ -49,7 +41,7 @@ def read_text(path: str | Path, *, most_bytes: int, wanted: str) -> str:
         size = path.stat().st_size
         if size > most_bytes:
             raise UsageError(f"{path} has {size} bytes, more than {most_bytes}", hint=hint)
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             return file.read()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint=hint) from None

@@ -6,7 +6,6 @@ knows the file's form. It does not know how the times came about.
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -24,6 +23,7 @@ __all__ = ["parse_timeline", "plan_digest", "print_timeline", "read_timeline", "
 
 _FORMAT = "lga timeline 1"
 _MAX_BYTES = 512_000_000
+_MAX_SECONDS = 1e9
 _COLUMNS = [field.name for field in fields(Event)]
 _row_of = attrgetter(*_COLUMNS)
 _HINT = "give the file that lga-run --timeline wrote for this very plan"
@@ -118,7 +118,7 @@ def _event(row: list[Any], number: int, source: str) -> Event:
     if len(row) != len(_COLUMNS) or not all(isinstance(value, int) for value in row[:2]):
         raise UsageError(f"{source}: row {number} is no event: {row[:8]}", hint=_HINT)
     event = Event(**dict(zip(_COLUMNS, row, strict=True)))
-    if not 0.0 <= event.start_seconds <= event.end_seconds < math.inf:
+    if not 0.0 <= event.start_seconds <= event.end_seconds <= _MAX_SECONDS:
         raise UsageError(
             f"{source}: row {number} starts at {event.start_seconds} s and ends at "
             f"{event.end_seconds} s",

@@ -16,6 +16,9 @@ HINT = "give a CSV with a row per rank, as torch's _dump_csv and lga-show --csv 
 _ACTION = re.compile(
     r"([0-9]{1,9})(?:(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)([0-9]{1,9})|(UNSHARD|RESHARD|REDUCE_GRAD))"
 )
+_MAX_ACTIONS = 1_000_000
+"""More make a plan that is too large to be read again."""
+_MAX_RANKS = 1 << 13
 _OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
 
 
@@ -44,7 +47,7 @@ def read_rows(text: str, source: str) -> list[list[Action]]:
     """The actions of each rank; `source` names the file in messages.
 
     Raises:
-        UsageError: the text is no CSV, a row is empty, or a cell is no action.
+        UsageError: the text is no CSV, a row is empty, a cell is no action, or there are too many.
     """
     try:
         cells = list(csv.reader(io.StringIO(text, newline="")))
@@ -54,6 +57,13 @@ def read_rows(text: str, source: str) -> list[list[Action]]:
         cells.pop()
     if not cells:
         raise UsageError(f"{source} holds no action", hint=HINT)
+    if len(cells) > _MAX_RANKS:
+        raise UsageError(
+            f"{source} has {len(cells)} rows, more than {_MAX_RANKS} ranks",
+            hint=HINT,
+        )
+    if sum(cell.count(";") + 1 for row in cells for cell in row if cell) > _MAX_ACTIONS:
+        raise UsageError(f"{source} has more than {_MAX_ACTIONS} actions", hint=HINT)
     rows = []
     for rank, row in enumerate(cells):
         found: list[Action] = []

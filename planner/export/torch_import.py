@@ -106,6 +106,8 @@ def _check_complete(actions: list[Action], num_stages: int, source: str) -> int:
             compute[key] = action
     counts = Counter(stage for stage, kind, _ in compute if kind == "F")
     num_micro_batches = max(counts.values(), default=0)
+    if not num_micro_batches:
+        raise UsageError(f"{source} has no forward", hint=HINT)
     for key, action in compute.items():
         if action.micro_batch is not None and action.micro_batch >= num_micro_batches:
             raise UsageError(
@@ -123,8 +125,6 @@ def _check_complete(actions: list[Action], num_stages: int, source: str) -> int:
                     f"{source}: stage {stage} does {words} for micro-batch {micro_batch}",
                     hint="each micro-batch needs F and B, or F, I and W, in every stage",
                 )
-    if not num_micro_batches:
-        raise UsageError(f"{source} has no forward", hint=HINT)
     return num_micro_batches
 
 

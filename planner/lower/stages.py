@@ -77,13 +77,20 @@ class StageMaker:
         """Forward, backward, and of the latter the part that makes gradients of parameters.
 
         That part is the profile's where it has one, else modelled: half of backward where a
-        parameter is trained, as the two products of a linear layer's backward are equal.
+        parameter is trained, as the two products of a linear layer's backward are equal. Replicas
+        wait for each other in the end, so a layer takes what it takes on the slowest of them.
         """
         placement = self._placement
         layers = range(placement.boundaries[index], placement.boundaries[index + 1])
-        device = self._cluster.device(placement.world_rank(placement.stage_ranks[index], 0))
-        messages = [device.message_seconds * count for count in self._messages[index]]
-        seconds = [layer_seconds(self._profile.layers[layer], device) for layer in layers]
+        first = placement.world_rank(placement.stage_ranks[index], 0)
+        replicas = map(self._cluster.device, range(first, first + placement.num_replicas))
+        devices = list({id(device): device for device in replicas}.values())
+        message_seconds = max(device.message_seconds for device in devices)
+        messages = [message_seconds * count for count in self._messages[index]]
+        seconds = [
+            max((layer_seconds(self._profile.layers[layer], device) for device in devices), key=sum)
+            for layer in layers
+        ]
         backward_weight = []
         for layer, (_, backward) in zip(layers, seconds, strict=True):
             known = self._profile.layers[layer].backward_weight_seconds

@@ -7,8 +7,6 @@ This module knows the file's form. It does not know whether the plan keeps the r
 """
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from planner.errors import PlanFileError
+from planner.files import write_whole
 from planner.plan.sections import (
     HINT,
     Row,
@@ -120,15 +119,7 @@ def write_plan(plan: Plan, path: str | Path) -> None:
             hint="use fewer micro-batches, pipeline ranks or stages",
         )
     try:
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        write_whole(path, content)
     except OSError as error:
         raise PlanFileError(
             f"cannot write {path}: {error.strerror}", hint="give another path with --output"

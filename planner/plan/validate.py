@@ -9,6 +9,7 @@ from dataclasses import astuple
 
 from planner.errors import PlanFileError
 from planner.graph import DTYPE_BYTES
+from planner.plan.code import references
 from planner.plan.limits import limit_problems
 from planner.plan.names import buffer_key, kind_of, stream_of
 from planner.plan.types import Instruction, Opcode, Plan
@@ -41,6 +42,7 @@ def _problems(plan: Plan) -> Iterator[str]:
     yield from _cluster_problems(plan)
     yield from _buffer_problems(plan)
     yield from limit_problems(plan)
+    yield from _code_problems(plan)
     units = {unit.name for unit in plan.units}
     for name, programs in (("", plan.programs), ("evaluation ", plan.evaluation)):
         for rank, program in enumerate(programs):
@@ -55,6 +57,8 @@ def _count_problems(plan: Plan) -> Iterator[str]:
     ):  # fmt: skip
         if getattr(plan, name) < 1:
             yield f"{name} is {getattr(plan, name)}, less than 1"
+    if plan.partition not in ((0, 3) if plan.num_replicas > 1 else (0,)):
+        yield f"partition is {plan.partition} with {plan.num_replicas} replicas"
     if len(plan.programs) != plan.num_pipeline_ranks:
         yield f"{len(plan.programs)} programs for {plan.num_pipeline_ranks} pipeline ranks"
     if plan.evaluation and len(plan.evaluation) != plan.num_pipeline_ranks:
@@ -137,6 +141,9 @@ def _table_problems(plan: Plan) -> Iterator[str]:
         yield from _missing(what, "tensor", [*stage.inputs, *stage.outputs], {*tensors, "loss"})
         yield from _missing(what, "batch key", stage.batch_keys, keys)
         yield from _missing(what, "unit", stage.units, units)
+        lists = (stage.inputs, stage.outputs, stage.batch_keys, stage.units, stage.kept)
+        if any(len(set(names)) < len(names) for names in lists):
+            yield f"{what} names a tensor, batch key or unit twice"
         sizes = (
             stage.saved_bytes,
             stage.forward_transient_bytes,
@@ -153,9 +160,32 @@ def _table_problems(plan: Plan) -> Iterator[str]:
         what = f"unit {unit.name}"
         if unit.num_elements < 0 or not unit.stages or not unit.ranks:
             yield f"{what} has no stage, no rank or a negative size"
+        for listed in (unit.parameters, unit.stages, unit.ranks):
+            if len(set(listed)) < len(listed):
+                yield f"{what} names a parameter, stage or rank twice"
         yield from _missing(what, "pipeline rank", unit.ranks, ranks)
         yield from _missing(what, "stage", unit.stages, stages)
         yield from _missing(what, "parameter", unit.parameters, parameters)
+
+
+def _code_problems(plan: Plan) -> Iterator[str]:
+    """Batch keys of another size, and code that names values it does not have.
+
+    Plans that are only simulated have no code at all.
+    """
+    for key in plan.batch:
+        if key.shape[:1] != (plan.micro_batch_size,):
+            yield f"batch key {key.name} has not {plan.micro_batch_size} samples in a micro-batch"
+    for stage in plan.stages if any(stage.code for stage in plan.stages) else ():
+        what, values = f"the code of stage {stage.index}", set(stage.inputs)
+        for statement in stage.code:
+            keys = statement.arguments[:1] if statement.function == "batch" else ()
+            yield from _missing(what, "batch key", keys, stage.batch_keys)
+            yield from _missing(what, "value", references(statement), values)
+            if statement.target in values:
+                yield f"{what} makes {statement.target} twice"
+            values.add(statement.target)
+        yield from _missing(what, "output", stage.outputs, values)
 
 
 def _instruction_problem(

@@ -14,6 +14,8 @@ _UNITS = {
     **{letter.lower(): 1000**power for power, letter in enumerate(_DECIMAL)},
 }
 
+_TOO_MANY_BYTES = 2.0**80
+
 
 def bytes_text(num_bytes: float) -> str:
     """`1.24 GB`: decimal units, three digits."""
@@ -28,8 +30,8 @@ def count_text(number: float) -> str:
 def seconds_text(seconds: float) -> str:
     """`12.3 ms`: three digits in s, ms or us."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= scale or unit == "us":
-            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
+        if seconds >= 0.9995 * scale or unit == "us":  # to three digits
+            return f"{seconds / scale:.3g} {unit}" if seconds < 999.5 else f"{seconds:.0f} s"
     raise AssertionError
 
 
@@ -37,7 +39,7 @@ def parse_bytes(text: str) -> int:
     """`40GB` (10^9), `40GiB` (2^30) or plain bytes.
 
     Raises:
-        UsageError: it is neither, or not above 0.
+        UsageError: it is neither, or not above 0, or more than any memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
@@ -45,7 +47,10 @@ def parse_bytes(text: str) -> int:
             f"{text!r} is not a number of bytes",
             hint="write a size such as 40GB, 512MiB or 4000000000",
         )
-    num_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    number = float(match[1]) * _UNITS[match[2].lower()]
+    if number >= _TOO_MANY_BYTES:
+        raise UsageError(f"{text[:40]!r} is more than any memory", hint="write a size such as 40GB")
+    num_bytes = int(number)
     if num_bytes < 1:
         raise UsageError(f"{text!r} is no memory at all", hint="write a size such as 40GB")
     return num_bytes

@@ -58,7 +58,7 @@ def _legend(plan: Plan, head: int, columns: int, end: str) -> list[Text]:
     if plan.num_stages > 26:
         words += ", again from a after z"
     more = ["+: recomputation"] if any(stage.recompute for stage in plan.stages) else []
-    opcodes = {instruction.opcode for instruction in plan.programs[0]}
+    opcodes = {instruction.opcode for program in plan.programs for instruction in program}
     more += ["=: weight gradients"] if Opcode.BACKWARD_WEIGHT in opcodes else []
     lines = ["0".ljust(columns - len(end)) + end, words, "; ".join([*more, ".: waiting"])]
     return [Text(" " * head + line, style="dim") for line in lines]

@@ -125,7 +125,12 @@ class Durations:
                 path = self.links.over_ranks(unit.ranks, leaving, num_passes=2)
                 return Work(path=path, num_bytes=leaving)
         slots = self.plan.options.optimizer_slots
-        return Work(seconds=max(update_seconds(part, d, slots) for d in self._devices[rank]))
+        return Work(
+            seconds=max(
+                update_seconds(part, device, slots, element_bytes=element_bytes)
+                for device in self._devices[rank]
+            )
+        )
 
     def _host_seconds(self, rank: int, instruction: Instruction) -> float:
         """A copy between a device and its host's memory: bytes / bandwidth."""

@@ -25,7 +25,7 @@ __all__ = ["Edge", "Links", "Path"]
 Edge = tuple[int, int]
 """World ranks of a sender and its receiver."""
 _Use = tuple[str, int, Link, str]
-"""`port` and a world rank, or `adapters` and a host; the link; the direction."""
+"""`port` or `network` and a world rank, or `adapters` and a host; the link; the direction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,12 @@ class Links:
     _numbers: dict[str, int] = field(default_factory=dict)
     _paths: dict[tuple[object, ...], tuple[Path, ...]] = field(default_factory=dict)
     _hosts: list[int] = field(default_factory=list)
+    _is_ambiguous: bool = False
+    """A host's own link has the network's name."""
 
     def __post_init__(self) -> None:
+        network = self.cluster.network.name
+        self._is_ambiguous = any(host.link.name == network for host in self.cluster.hosts)
         for index, host in enumerate(self.cluster.hosts):
             self._hosts += [index] * host.num_devices
 
@@ -120,12 +124,14 @@ class Links:
             busiest |= uses  # the larger count of each
         named: dict[str, tuple[float, int]] = {}
         for (kind, place, link, direction), number in busiest.items():
-            if kind == "port":
-                name = f"{link.name} port of rank {place // self.num_replicas}, {direction}"
-                capacity = link.bandwidth
-            else:
+            if kind == "adapters":
                 name = f"adapters of host {place}, {direction}"
                 capacity = self.cluster.hosts[place].adapter_bandwidth or float("inf")
+            else:
+                between = " between hosts" if kind == "network" and self._is_ambiguous else ""
+                rank = place // self.num_replicas
+                name = f"{link.name} port of rank {rank}{between}, {direction}"
+                capacity = link.bandwidth
             known = named.get(name, (capacity, 0))
             named[name] = (min(capacity, known[0]), max(number, known[1]))
         limits = [capacity / number for capacity, number in named.values()]
@@ -148,7 +154,7 @@ class Links:
         link = self.cluster.hosts[hosts[0]].link if inside else self.cluster.network
         for place, host, direction in ((source, hosts[0], "out"), (destination, hosts[1], "in")):
             way = direction if link.duplex else "both ways"
-            uses["port", place, link, way] += 1
+            uses["port" if inside else "network", place, link, way] += 1
             if not inside:
                 uses["adapters", host, link, way] += 1
         return link

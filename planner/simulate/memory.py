@@ -99,19 +99,23 @@ def resident_memory(plan: Plan, rank: int) -> MemoryByClass:
 
 
 def host_memory(plan: Plan) -> tuple[int, ...]:
-    """Bytes of host memory that each pipeline rank's copies of buffers take at most."""
+    """Bytes of host memory that each pipeline rank's copies of buffers take at most.
+
+    Where every step leaves a checkpoint, the one before stays until the step's own is complete.
+    """
     found = []
     for rank, table in enumerate(plan.buffers):
-        sizes = {buffer.name: buffer.num_bytes for buffer in table}
-        names = {
-            name
-            for programs in (plan.programs, plan.evaluation)
-            for program in programs[rank : rank + 1]
-            for instruction in program
-            for name in (*instruction.reads, *instruction.writes)
-            if name.startswith("host:")
-        }
-        found.append(sum(sizes[buffer_key(name)] for name in names))
+        num_bytes = {buffer.name: buffer.num_bytes for buffer in table}
+        used, written = set[str](), set[str]()
+        for programs in (plan.programs, plan.evaluation):
+            for program in programs[rank : rank + 1]:
+                for instruction in program:
+                    used.update((*instruction.reads, *instruction.writes))
+                    written.update(instruction.writes)
+        hosts = [name for name in used if name.startswith("host:")]
+        if plan.options.save:
+            hosts += [name for name in written if _in_checkpoint(name)]
+        found.append(sum(num_bytes[buffer_key(name)] for name in hosts))
     return tuple(found)
 
 
@@ -213,6 +217,10 @@ def _ends(plan: Plan, order: PartialOrder) -> list[list[int]]:
             ends: _Ints = np.minimum(table[numbers, column], len(numbers))
             found.append(ends.tolist())
     return found
+
+
+def _in_checkpoint(name: str) -> bool:
+    return name.startswith(("host:shard:", "host:moments:"))
 
 
 def _resident_kinds(plan: Plan) -> Iterable[str]:

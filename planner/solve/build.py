@@ -105,11 +105,11 @@ class Builder:
 
     def _updates(self, choice: Choice) -> tuple[list[float], float]:
         """Seconds per layer, and the least that a stage's update takes: a kernel's overhead."""
-        elements = parameters_of(self.figures_of(choice), choice).trainable_elements
+        words = parameters_of(self.figures_of(choice), choice).trainable_words
         device, slots = self.mesh_of(choice).devices[0], self.problem.optimizer_slots
-        per_element, _ = affine(lambda count: update_seconds(count, device, slots))
-        floor = update_seconds(0, device, slots) if all(elements) else 0.0
-        return [per_element * count for count in per_shard(elements, choice)], floor
+        per_word, _ = affine(lambda count: update_seconds(count, device, slots))
+        floor = update_seconds(0, device, slots) if all(words) else 0.0
+        return [per_word * count for count in per_shard(words, choice)], floor
 
     def memory_of(self, choice: Choice) -> MemoryFigures:
         """Bytes of each layer and cut."""

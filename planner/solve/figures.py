@@ -25,7 +25,8 @@ class ParameterFigures:
     weight_bytes: tuple[int, ...]
     trainable_bytes: tuple[int, ...]
     """Of the parameters that have a gradient and an optimizer state."""
-    trainable_elements: tuple[int, ...]
+    trainable_words: tuple[int, ...]
+    """The same in words of 4 bytes, rounded up: float32 elements, or what takes as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,7 @@ def _parameter_figures(graph: LayerGraph, uses: Sequence[tuple[str, ...]]) -> Pa
     return ParameterFigures(
         weight_bytes=tuple(sum(p.num_bytes for p in layer) for layer in layers),
         trainable_bytes=tuple(sum(p.num_bytes for p in layer) for layer in trainable),
-        trainable_elements=tuple(sum(p.num_elements for p in layer) for layer in trainable),
+        trainable_words=tuple(-(-sum(p.num_bytes for p in layer) // 4) for layer in trainable),
     )
 
 

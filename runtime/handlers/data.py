@@ -23,15 +23,17 @@ def reduce(rank: RankState, instruction: Instruction) -> None:
     state = rank.unit(instruction)
     state.detach_gradients()
     (target,) = instruction.writes
-    total = rank.total(state)
+    total, adds = rank.total(state), target in instruction.reads
+    # What is to be added is reduced inside the sum, which nobody reads any more.
     pending: Pending
     if state.partitioned:
-        reduced = total.new_empty(state.part_length)
+        mine = slice(state.first, state.last)
+        reduced = total[mine] if adds else total.new_empty(state.part_length)
         pending = rank.transport.reduce_scatter(total, reduced, describe(instruction))
     else:
-        reduced = total.clone()
+        reduced = total if adds else total.clone()
         pending = rank.transport.all_reduce(reduced, describe(instruction))
-    if target in instruction.reads:
+    if adds:
         so_far = rank.buffers[target]
         pending = Then(pending, lambda: so_far.add_(reduced))
     else:

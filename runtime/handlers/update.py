@@ -40,7 +40,7 @@ def clip(rank: RankState, instruction: Instruction) -> None:
         if _counts_here(rank, state):
             squares += _norm(gradient).double().square()
     rank.gradient_norm = norm = torch.empty_like(squares[0])
-    rank.buffers[target] = scale = torch.empty_like(norm)
+    rank.buffers[target] = scale = torch.empty_like(norm, dtype=torch.float32)
 
     def finish() -> None:
         norm.copy_(squares[0].sqrt())

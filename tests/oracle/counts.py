@@ -20,6 +20,7 @@ def miscounted(facts: Facts) -> Iterator[Fault]:
     if [layer for stage in plan.stages for layer in stage.layers] != list(plan.layer_names):
         yield Fault(kind="count", message="the stages do not hold each layer once")
     yield from _passes(facts)
+    yield from _tables(facts)
     for rank, program in enumerate(plan.programs):
         for unit in plan.units:
             calls = Counter(i.opcode for i in program if i.unit == unit.name)
@@ -36,10 +37,36 @@ def miscounted(facts: Facts) -> Iterator[Fault]:
                 yield Fault(kind="count", message=f"{found} x {opcode} on rank {rank}")
         if plan.schedule is Schedule.LAYERED and not _is_layered(program):
             yield Fault(kind="order", message=f"rank {rank} leaves the layered order")
+        if plan.schedule not in (Schedule.FORWARD, Schedule.CUSTOM):
+            for stage in plan.stages:
+                ran = [i for i in program if i.opcode is Opcode.FORWARD and i.stage == stage.index]
+                order = [i.micro_batch or 0 for i in ran]
+                if order != sorted(order):
+                    yield Fault(kind="order", message=f"stage {stage.index}: forward {order}")
+
+
+def _tables(facts: Facts) -> Iterator[Fault]:
+    """Units against their parameters, and the keys that the code draws."""
+    plan = facts.plan
+    calls = [call for stage in plan.stages for call in stage.code]
+    keys = [c.first_random_operator + i for c in calls for i in range(c.num_random_operators)]
+    if sorted(keys) != list(range(plan.num_random_operators)) or plan.num_random_operators < 0:
+        yield Fault(kind="count", message=f"keys {keys} are drawn")
+    for unit in plan.units:
+        found = [p for p in plan.parameters if p.name in unit.parameters]
+        elements = sum(p.num_elements for p in found)
+        if elements != unit.num_elements or any(p.dtype != unit.dtype for p in found):
+            yield Fault(kind="count", message=f"{unit.name} is not as large as its parameters")
+        if unit.trainable != any(p.trainable for p in found):
+            yield Fault(kind="count", message=f"{unit.name} is wrongly trained")
+    for parameter in plan.parameters:
+        number = sum(unit.parameters.count(parameter.name) for unit in plan.units)
+        if number > 1 or (parameter.trainable and not number):
+            yield Fault(kind="count", message=f"{parameter.name} is in {number} units")
 
 
 def _passes(facts: Facts) -> Iterator[Fault]:
-    """Forward runs once, backward once, whole or in two halves, the half for inputs first."""
+    """Forward once, then once more where it recomputes; backward once, whole or in two halves."""
     programs = facts.plan.programs
     runs: dict[tuple[int | None, int | None], list[Opcode]] = {}
     for instruction in (i for program in programs for i in program):
@@ -54,7 +81,7 @@ def _passes(facts: Facts) -> Iterator[Fault]:
             backward = [opcode for opcode in found if opcode in BACKWARDS]
             forward = [opcode for opcode in found if opcode not in BACKWARDS]
             options = [[Opcode.BACKWARD], halves] if facts.trains else [[]]
-            if sorted(forward) != [Opcode.FORWARD, *once_more] or backward not in options:
+            if forward != [Opcode.FORWARD, *once_more] or backward not in options:
                 yield Fault(kind="count", message=f"stage {stage.index}, {m}: {found}")
 
 

@@ -221,18 +221,18 @@ def _fits(facts: Facts, rank: int, buffer: str, instruction: Instruction) -> boo
     name = rest.rpartition(".")[0]
     if kind in ("shard", "reduced"):
         unit = facts.units[rest]
-        return _holds(entry, unit, facts.part_elements(unit))
+        return _is_of(entry, unit, facts.part_elements(unit))
     if kind == "moments":
         unit = facts.units[rest]
         slots = facts.plan.options.optimizer_slots
-        return _holds(entry, unit, slots * facts.part_elements(unit))
+        return _is_of(entry, unit, slots * facts.part_elements(unit))
     if kind == "part":
-        return _holds(entry, facts.units[name], facts.units[name].num_elements)
+        return _is_of(entry, facts.units[name], facts.units[name].num_elements)
     if kind == "saved":
         enough = math.prod(entry.shape) >= facts.plan.stages[int(name)].saved_bytes
         return entry.dtype == "uint8" and enough
     if kind == "weights" and not facts.plan.gathers:
-        return _holds(entry, facts.units[rest], facts.whole_elements(facts.units[rest]))
+        return _is_of(entry, facts.units[rest], facts.whole_elements(facts.units[rest]))
     if kind in ("weights", "sum"):
         put = _pool_unit(facts, buffer, instruction)
         return put is None or _holds(entry, put, facts.whole_elements(put))
@@ -251,6 +251,11 @@ def _pool_unit(facts: Facts, buffer: str, instruction: Instruction) -> Unit | No
         return None
     sums = [b for b in instruction.writes if kind_of(b) == "sum"]
     return sum_units(facts, instruction)[sums.index(buffer)]
+
+
+def _is_of(entry: Buffer, unit: Unit, num_elements: int) -> bool:
+    """The buffer of one unit alone: as large as what it holds, as the runtime asks."""
+    return entry.dtype == unit.dtype and math.prod(entry.shape) == num_elements
 
 
 def _holds(entry: Buffer, unit: Unit, num_elements: int) -> bool:

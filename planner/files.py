@@ -1,0 +1,27 @@
+"""Files that are written whole or not at all.
+
+This module knows files. It does not know what is in them.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["write_whole"]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the file aside, then give it its name.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
