@@ -30,7 +30,9 @@ def every_layer_once(plan: Plan) -> Failure | None:
     if len(set(made)) < len(made):
         twice, _ = Counter(made).most_common(1)[0]
         return Failure(message=f"two stages make {twice}: look at the plan's stages")
-    called = [s for stage in plan.stages for s in stage.code if s.function == "layer"]
+    # Modules that are no layers (masks, rotary tables) run again wherever they are used.
+    names = set(plan.layer_names)
+    called = [s for stage in plan.stages for s in stage.code if s.path in names]
     twice, number = Counter(s.target for s in called).most_common(1)[0] if called else ("", 0)
     if number > 1:
         return Failure(message=f"two stages call the layer of {twice}: look at their code")
