@@ -3,6 +3,7 @@
 This module knows the order of the levels and the defaults. It does not know what any level does.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 
 from planner.check import Report, check
 from planner.cluster import Cluster
-from planner.errors import CheckError, ModelFileError
+from planner.errors import CheckError, ModelFileError, UsageError
 from planner.graph import LayerGraph
 from planner.lower import lower
 from planner.measure import measure
@@ -61,6 +62,7 @@ def make_plan(
     memory_limit_bytes: int | None = None,
     clip_norm: float | None = None,
     check_finite: bool = False,
+    save: bool = False,
     time_limit_seconds: float = 20.0,
     seed: int = 0,
 ) -> PlanResult:
@@ -69,7 +71,8 @@ def make_plan(
     `global_batch_size` is in samples per step over all replicas, `memory_limit_bytes` per device
     (the device's memory less what is reserved, where absent), `time_limit_seconds` for the solver.
     With `clip_norm` (largest norm of the whole model's gradient) or `check_finite` (skip the update
-    of a step with a gradient that is not finite) all updates stand at the end of the step.
+    of a step with a gradient that is not finite) all updates stand at the end of the step. With
+    `save` every step leaves a complete checkpoint in host memory (`Executor.checkpoint`).
 
     Raises:
         UsageError: the demands contradict each other, the model or the cluster.
@@ -83,8 +86,9 @@ def make_plan(
     options = PlanOptions(
         seed=seed,
         optimizer_slots=_count_optimizer_slots(model_file),
-        clip_norm=clip_norm,
+        clip_norm=_checked_norm(clip_norm),
         check_finite=check_finite,
+        save=save,
     )
     problem = Problem(
         graph_at=traced.layer_graph,
@@ -100,6 +104,11 @@ def make_plan(
         seed=seed,
     )
     trace_seconds = time.monotonic() - started
+    return _solved(problem, options, trace_seconds)
+
+
+def _solved(problem: Problem, options: PlanOptions, trace_seconds: float) -> PlanResult:
+    """Solve, and prove the winner's plan."""
     planned = _planner(problem, options)
 
     def simulated(placement: Placement) -> Simulated:
@@ -117,6 +126,15 @@ def make_plan(
         report=_proved(plan),
         trace_seconds=trace_seconds,
     )
+
+
+def _checked_norm(clip_norm: float | None) -> float | None:
+    if clip_norm is not None and not (0 < clip_norm < math.inf):
+        raise UsageError(
+            f"clip_norm is {clip_norm}, not a finite number above 0",
+            hint="give the largest norm of the whole model's gradient, such as 1.0",
+        )
+    return clip_norm
 
 
 def _planner(

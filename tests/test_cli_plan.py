@@ -11,6 +11,10 @@ from planner.check import check
 from planner.cli.check import main as check_command
 from planner.cli.plan import main as plan_command
 from planner.cli.show import main as show_command
+from planner.cluster import resolve_cluster
+from planner.errors import UsageError
+from planner.model_file import load_model_file
+from planner.pipeline import make_plan
 from planner.plan.file import read_plan, write_plan
 from planner.plan.types import Opcode
 
@@ -138,3 +142,32 @@ def test_check_prints_the_counterexample(folder: Path) -> None:
     assert result.exit_code == 1
     assert "BROKEN" in result.output
     assert "updated 0 times instead of 1" in result.output
+
+
+def test_clipping_and_the_finite_check_stand_before_every_update(folder: Path) -> None:
+    made = plan("--gpus", "4", "--pipeline-ranks", "2", "--clip-norm", "0.5", "--check-finite")
+    assert made.exit_code == 0, made.output
+    written = read_plan(folder / "small.plan.yaml")
+    assert (written.options.clip_norm, written.options.check_finite) == (0.5, True)
+    for program in written.programs:
+        opcodes = [instruction.opcode for instruction in program]
+        assert opcodes.index(Opcode.CLIP) < opcodes.index(Opcode.UPDATE)
+        assert opcodes.count(Opcode.CHECK_FINITE) == 1
+
+
+@pytest.mark.parametrize("norm", ["0", "-1", "nan", "inf", "much"])
+def test_a_norm_is_a_finite_number_above_zero(folder: Path, norm: str) -> None:
+    refused = plan("--gpus", "2", "--clip-norm", norm)
+    assert refused.exit_code == 2
+    assert "--clip-norm" in refused.output
+    assert not list(folder.glob("*.plan.yaml"))
+
+
+def test_the_same_from_python(folder: Path) -> None:
+    model_file = load_model_file(str(folder / "small.py"))
+    cluster = resolve_cluster("a100-80", 2)
+    made = make_plan(model_file, num_devices=2, cluster=cluster, clip_norm=2.0, save=True).plan
+    assert (made.options.clip_norm, made.options.save) == (2.0, True)
+    assert any(i.opcode is Opcode.SAVE for i in made.programs[0])
+    with pytest.raises(UsageError, match="clip_norm is nan"):
+        make_plan(model_file, num_devices=2, cluster=cluster, clip_norm=float("nan"))
