@@ -122,11 +122,13 @@ def check_can_write(path: Path, option: str, inputs: Sequence[str | Path] = ()) 
     `option` is what the user named it with; `inputs` are files that must not be overwritten.
 
     Raises:
-        UsageError: its folder is missing or not writable, or it is a folder or an input.
+        UsageError: its folder is missing or not writable, or it is no regular file or an input.
     """
     hint = f"give another path with {option}"
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder", hint=hint)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"cannot write {path}: it is no regular file", hint=hint)
     if not path.parent.is_dir():
         raise UsageError(
             f"cannot write {path}: there is no folder {path.parent}",

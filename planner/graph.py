@@ -6,8 +6,10 @@ tensor with a distant reader. This module knows structure and bytes. It does not
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import networkx
 
@@ -98,6 +100,11 @@ class StageCode:
     mutated_inputs: tuple[str, ...]
 
 
+def _looked_up() -> Any:
+    """A table that the LayerGraph makes of its other fields."""
+    return field(init=False, repr=False, compare=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerGraph:
     """A traced model at one micro-batch size."""
@@ -120,37 +127,32 @@ class LayerGraph:
     """In `named_parameters` order."""
     num_random_operators: int
     """Random operators in one whole forward."""
+    buffer_bytes: int = 0
+    """Of all buffers of the model's modules."""
+    tensor_specs: Mapping[str, TensorSpec] = _looked_up()
+    parameter_specs: Mapping[str, ParameterSpec] = _looked_up()
+    makers: Mapping[str, int] = _looked_up()
+    """Boundary tensor -> index of the layer that makes it."""
+    readers: Mapping[str, tuple[int, ...]] = _looked_up()
+    """Boundary tensor -> indices of the layers that read it, ascending."""
+    tied_parameters: Mapping[str, tuple[int, ...]] = _looked_up()
+    """Parameter used by more than one layer -> those layers, ascending."""
 
-    @property
-    def tensor_specs(self) -> dict[str, TensorSpec]:
-        return {tensor.name: tensor for tensor in self.tensors}
-
-    @property
-    def parameter_specs(self) -> dict[str, ParameterSpec]:
-        return {parameter.name: parameter for parameter in self.parameters}
-
-    @property
-    def makers(self) -> dict[str, int]:
-        """Boundary tensor -> index of the layer that makes it."""
-        return {name: i for i, layer in enumerate(self.layers) for name in layer.outputs}
-
-    @property
-    def readers(self) -> dict[str, tuple[int, ...]]:
-        """Boundary tensor -> indices of the layers that read it, ascending."""
-        found: dict[str, list[int]] = {tensor.name: [] for tensor in self.tensors}
-        for index, layer in enumerate(self.layers):
-            for name in layer.inputs:
-                found[name].append(index)
-        return {name: tuple(indices) for name, indices in found.items()}
-
-    @property
-    def tied_parameters(self) -> dict[str, tuple[int, ...]]:
-        """Parameter used by more than one layer -> those layers, ascending."""
-        users: dict[str, list[int]] = {}
-        for index, layer in enumerate(self.layers):
-            for name in layer.parameters:
-                users.setdefault(name, []).append(index)
-        return {name: tuple(layers) for name, layers in users.items() if len(layers) > 1}
+    def __post_init__(self) -> None:
+        # Made once: what asks once per layer must not take the square of the layers.
+        readers = {tensor.name: () for tensor in self.tensors} | _users(
+            layer.inputs for layer in self.layers
+        )
+        users = _users(layer.parameters for layer in self.layers)
+        tables: dict[str, Mapping[str, Any]] = {
+            "tensor_specs": {tensor.name: tensor for tensor in self.tensors},
+            "parameter_specs": {parameter.name: parameter for parameter in self.parameters},
+            "makers": {name: i for i, layer in enumerate(self.layers) for name in layer.outputs},
+            "readers": readers,
+            "tied_parameters": {name: found for name, found in users.items() if len(found) > 1},
+        }
+        for name, table in tables.items():
+            object.__setattr__(self, name, MappingProxyType(table))
 
     def to_networkx(self) -> "networkx.DiGraph[int]":
         """Layers as nodes (index; attribute `layer`), summed boundary bytes on edges."""
@@ -181,7 +183,6 @@ class LayerGraph:
                 needed.update(references(statement))
         code = (*reversed(prologue), *body)
         made = {name for layer in layers for name in layer.outputs}
-        readers = self.readers
         keys = [s.arguments[0] for s in code if s.function == "batch"]
         if last == len(self.layers) - 1:
             keys += self.loss_keys
@@ -192,7 +193,7 @@ class LayerGraph:
                 name
                 for layer in layers
                 for name in layer.outputs
-                if name == "loss" or any(reader > last for reader in readers[name])
+                if name == "loss" or any(reader > last for reader in self.readers[name])
             ),
             batch_keys=_unique(keys),
             parameters=_unique(name for layer in layers for name in layer.parameters),
@@ -200,6 +201,15 @@ class LayerGraph:
                 n for layer in layers for n in layer.mutated_inputs if n not in made
             ),
         )
+
+
+def _users(names: Iterable[Iterable[str]]) -> dict[str, tuple[int, ...]]:
+    """Name -> the layers that use it, ascending; `names` holds those of each layer."""
+    found: dict[str, list[int]] = {}
+    for index, used in enumerate(names):
+        for name in used:
+            found.setdefault(name, []).append(index)
+    return {name: tuple(indices) for name, indices in found.items()}
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

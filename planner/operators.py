@@ -1,8 +1,8 @@
-"""Which operators draw random numbers.
+"""What operators do that their arguments do not show: draw random numbers, change statistics.
 
-The tracer counts them and the runtime reseeds before each of them, so both must agree on every
-single one: this predicate is the only definition. It looks at an operator as a `TorchDispatchMode`
-sees it. It does not know layers, plans or keys.
+The tracer counts random operators and the runtime reseeds before each of them, so both must agree
+on every single one: this predicate is the only definition. It looks at an operator as a
+`TorchDispatchMode` sees it. It does not know layers, plans or keys.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["is_random_operator"]
+__all__ = ["changed_statistics", "is_random_operator"]
 
 
 def is_random_operator(
@@ -42,3 +42,15 @@ def _draws(func: torch._ops.OpOverload) -> bool | tuple[int, float]:
         if argument.name == "dropout_p":
             return position, float(argument.default_value or 0.0)
     return True
+
+
+def changed_statistics(
+    func: torch._ops.OpOverload, args: Sequence[Any]
+) -> tuple[torch.Tensor, ...]:
+    """Running statistics that a batch normalisation in training changes.
+
+    Its schema does not say so, and neither do the tensors' version counters.
+    """
+    if func is not torch.ops.aten.native_batch_norm.default or not args[5]:
+        return ()
+    return tuple(tensor for tensor in args[3:5] if tensor is not None)

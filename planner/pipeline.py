@@ -9,15 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-import torch
-
+from planner.apply_profile import AppliedProfile, apply_profile
 from planner.check import Report, check
 from planner.cluster import Cluster
-from planner.errors import CheckError, ModelFileError, UsageError
+from planner.errors import CheckError, UsageError
 from planner.graph import LayerGraph
 from planner.lower import lower
 from planner.measure import measure
-from planner.model_file import ModelFile, raised_at
+from planner.measure.measured import MeasuredModel
+from planner.measure.optimizer import optimizer_slots
+from planner.model_file import ModelFile
 from planner.plan.types import Plan, PlanOptions, Prediction
 from planner.simulate import Simulation, simulate
 from planner.solve import Constraints, Placement, Problem, Simulated, Solution, solve
@@ -27,7 +28,6 @@ __all__ = ["DEFAULT_SAMPLES_PER_DEVICE", "PlanResult", "default_batch_size", "ma
 
 DEFAULT_SAMPLES_PER_DEVICE = 8
 """Global batch per device where the user names none."""
-_ADAMW_SLOTS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,8 @@ class PlanResult:
     simulation: Simulation
     report: Report
     trace_seconds: float
+    measured: AppliedProfile | None = None
+    """Where the seconds of layers were measured."""
 
 
 def default_batch_size(num_devices: int, constraints: Constraints) -> int:
@@ -59,6 +61,7 @@ def make_plan(
     cluster: Cluster,
     global_batch_size: int | None = None,
     constraints: Constraints | None = None,
+    measured: MeasuredModel | None = None,
     memory_limit_bytes: int | None = None,
     clip_norm: float | None = None,
     check_finite: bool = False,
@@ -68,32 +71,39 @@ def make_plan(
 ) -> PlanResult:
     """Plan a model for the first `num_devices` devices of a cluster.
 
-    `global_batch_size` is in samples per step over all replicas, `memory_limit_bytes` per device
+    `global_batch_size` is in samples per step over all replicas. With `measured`
+    (`planner.measure.file`) layers take what was measured. `memory_limit_bytes` is per device
     (the device's memory less what is reserved, where absent), `time_limit_seconds` for the solver.
     With `clip_norm` (largest norm of the whole model's gradient) or `check_finite` (skip the update
     of a step with a gradient that is not finite) all updates stand at the end of the step. With
     `save` every step leaves a complete checkpoint in host memory (`Executor.checkpoint`).
 
     Raises:
-        UsageError: the demands contradict each other, the model or the cluster.
+        UsageError: the demands contradict each other, the model or the cluster, or the profile
+            was measured of another model or device.
         ModelFileError, TraceError: the model cannot be built or traced into layers.
         InfeasibleError: no plan fits in memory.
         CheckError: the plan made breaks a rule: a defect of this program.
     """
-    constraints = constraints or Constraints()
-    started = time.monotonic()
+    constraints, started = constraints or Constraints(), time.monotonic()
     traced = trace(model_file)
-    options = PlanOptions(
+    options = replace(
+        _optimizer_options(model_file, cluster),
         seed=seed,
-        optimizer_slots=_count_optimizer_slots(model_file),
         clip_norm=_checked_norm(clip_norm),
         check_finite=check_finite,
         save=save,
     )
+    counted_at = cache(partial(measure, traced))
+    applied = None
+    if measured is not None:
+        applied = apply_profile(
+            measured, traced.layer_graph, counted_at, cluster, options.optimizer_slots
+        )
     problem = Problem(
         graph_at=traced.layer_graph,
-        profile_at=cache(partial(measure, traced)),
-        cluster=cluster,
+        profile_at=counted_at if applied is None else cache(applied.profile_at),
+        cluster=cluster if applied is None else applied.cluster,
         num_devices=num_devices,
         global_batch_size=global_batch_size or default_batch_size(num_devices, constraints),
         constraints=constraints,
@@ -103,11 +113,12 @@ def make_plan(
         time_limit_seconds=time_limit_seconds,
         seed=seed,
     )
-    trace_seconds = time.monotonic() - started
-    return _solved(problem, options, trace_seconds)
+    return _solved(problem, options, time.monotonic() - started, applied)
 
 
-def _solved(problem: Problem, options: PlanOptions, trace_seconds: float) -> PlanResult:
+def _solved(
+    problem: Problem, options: PlanOptions, trace_seconds: float, measured: AppliedProfile | None
+) -> PlanResult:
     """Solve, and prove the winner's plan."""
     planned = _planner(problem, options)
 
@@ -117,7 +128,7 @@ def _solved(problem: Problem, options: PlanOptions, trace_seconds: float) -> Pla
 
     solution = solve(problem, simulated)
     plan, simulation = planned(solution.placement)
-    plan = replace(plan, prediction=_prediction(problem, plan, simulation))
+    plan = replace(plan, prediction=_prediction(problem, plan, simulation, measured))
     return PlanResult(
         plan=plan,
         graph=problem.graph_at(plan.micro_batch_size),
@@ -125,6 +136,17 @@ def _solved(problem: Problem, options: PlanOptions, trace_seconds: float) -> Pla
         simulation=simulation,
         report=_proved(plan),
         trace_seconds=trace_seconds,
+        measured=measured,
+    )
+
+
+def _optimizer_options(model_file: ModelFile, cluster: Cluster) -> PlanOptions:
+    slots = optimizer_slots(model_file, is_cuda=cluster.backend == "nccl")
+    return PlanOptions(
+        optimizer_slots=slots.kept,
+        update_slots_of_each=slots.of_each,
+        update_slots_of_previous=slots.of_previous,
+        update_slots_of_all=slots.of_all,
     )
 
 
@@ -152,19 +174,21 @@ def _planner(
     return planned
 
 
-def _prediction(problem: Problem, plan: Plan, simulation: Simulation) -> Prediction:
+def _prediction(
+    problem: Problem, plan: Plan, simulation: Simulation, measured: AppliedProfile | None
+) -> Prediction:
     cluster, limit = problem.cluster, problem.memory_limit_bytes
     devices = [cluster.device(rank) for rank in range(plan.world_size)]
     least = min(device.memory_bytes - device.reserved_bytes for device in devices)
-    layers = problem.profile_at(plan.micro_batch_size).layers
-    num_measured = sum(layer.forward_seconds is not None for layer in layers)
+    layers = "from the roofline"
+    if measured is not None:
+        layers = measured.note_at(plan.micro_batch_size)
     return Prediction(
         step_seconds=simulation.step_seconds,
         bubble=simulation.bubble,
         peak_bytes=simulation.peak_bytes,
         memory_limit_bytes=least if limit is None else limit,
-        provenance=f"simulated on {cluster.name} ({cluster.provenance}); {num_measured} of "
-        f"{len(layers)} layers measured, the others from the roofline",
+        provenance=f"simulated on {cluster.name} ({cluster.provenance}); layers {layers}",
     )
 
 
@@ -177,25 +201,3 @@ def _proved(plan: Plan) -> Report:
             hint="this is a defect of lga-plan: please report it with the model",
         )
     return report
-
-
-def _count_optimizer_slots(model_file: ModelFile) -> int:
-    """Tensors per parameter that the user's optimizer keeps, counted on a parameter of 2 x 2."""
-    if model_file.build_optimizer is None:
-        return _ADAMW_SLOTS
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    parameter.grad = torch.zeros(2, 2)
-    try:
-        optimizer = model_file.build_optimizer([parameter])
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"it returned {type(optimizer).__name__}, not an Optimizer")
-        optimizer.step()
-    except (Exception, SystemExit) as error:
-        raise ModelFileError(
-            f"build_optimizer of {model_file.name} failed on one parameter of 2 x 2: "
-            f"{type(error).__name__}: {error}{raised_at(error)}",
-            hint="it takes a list of parameters and returns a torch.optim.Optimizer, whose step() "
-            "needs no closure",
-        ) from None
-    state = optimizer.state[parameter].values()
-    return sum(isinstance(value, torch.Tensor) and value.numel() == 4 for value in state)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["LiveStorages", "storage_key", "tensors_in"]
+__all__ = ["LiveStorages", "StorageWatcher", "storage_key", "tensors_in"]
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -30,19 +31,44 @@ class LiveStorages:
     def __init__(self, ignored: Iterable[torch.Tensor] = ()) -> None:
         """
         Args:
-            ignored: tensors whose storages do not count; they are kept alive.
+            ignored: tensors whose storages do not count.
         """
-        self._ignored = list(ignored)
-        self._ignored_keys = {storage_key(tensor) for tensor in self._ignored}
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._ignored: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.ignore(ignored)
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count these tensors' storages from now until they are freed."""
+        for tensor in tensors:
+            self.ignore_storage(tensor.untyped_storage())
+
+    def ignore_storage(self, storage: torch.UntypedStorage) -> None:
+        """Do not count this storage from now until it is freed."""
+        key = storage._cdata
+        if key in self._ignored:
+            return
+        if key in self._alive:
+            self.live_bytes -= self._alive.pop(key)[1]
+
+        def freed(_: object) -> None:
+            del self._ignored[key]
+
+        self._ignored[key] = weakref.ref(storage, freed)
+
+    def follows(self, key: int) -> bool:
+        """Whether the storage, by its key, is alive and counts."""
+        return key in self._alive
 
     def watch(self, tensor: torch.Tensor) -> None:
         """Count the tensor's storage from now until it is freed."""
-        storage = tensor.untyped_storage()
+        self.watch_storage(tensor.untyped_storage())
+
+    def watch_storage(self, storage: torch.UntypedStorage) -> None:
+        """Count this storage from now until it is freed."""
         key = storage._cdata
-        if key in self._ignored_keys or key in self._alive:
+        if key in self._ignored or key in self._alive:
             return
         num_bytes = storage.nbytes()
 
@@ -50,7 +76,7 @@ class LiveStorages:
             del self._alive[key]
             self.live_bytes -= num_bytes
 
-        self._alive[key] = weakref.ref(storage, freed)
+        self._alive[key] = weakref.ref(storage, freed), num_bytes
         self.live_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
@@ -58,3 +84,17 @@ class LiveStorages:
         """The peak starts anew at what is alive, which is returned."""
         self.peak_bytes = self.live_bytes
         return self.live_bytes
+
+
+class StorageWatcher(TorchDispatchMode):
+    """While it is entered, everything that operators make counts in `storages`."""
+
+    def __init__(self, storages: LiveStorages) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages = storages
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self._storages.watch(tensor)
+        return result

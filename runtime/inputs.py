@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from planner.errors import FingerprintError, ModelFileError, UsageError
-from planner.model_file import ModelFile, build_on_meta, fingerprint, load_model_file
+from planner.model_file import (
+    ModelFile,
+    build_on_meta,
+    fingerprint,
+    is_configuration,
+    load_model_file,
+)
 from planner.plan.file import read_plan
 from planner.plan.types import Plan
 
@@ -39,6 +45,8 @@ def load_inputs(plan_path: Path, model_path: str) -> tuple[Plan, ModelFile]:
             f"{plan.fingerprint[:12]}) than {model_path} builds (fingerprint {found[:12]})",
             hint=f"plan again: lga-plan {model_path} --gpus {plan.world_size}",
         )
+    if is_configuration(model_path):  # the plan knows how long its samples are
+        model_file = load_model_file(model_path, sequence_length=plan.batch[0].shape[1])
     if model_file.build_dataset is not None:
         builder = _checked_builder(model_file.build_dataset, plan)
         model_file = replace(model_file, build_dataset=builder)

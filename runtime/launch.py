@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from runtime.inputs import check_machine, load_inputs
 from runtime.options import RunOptions, run_arguments, run_options
 from runtime.ranks import rank_name
 
-__all__ = ["launch", "main"]
+__all__ = ["launch", "main", "run_ranks"]
 
 
 @click.command(context_settings=HELP)
@@ -63,12 +64,17 @@ def launch(plan_path: Path, model_path: str, options: RunOptions) -> int:
     if options.timeline_path is not None:
         check_can_write(options.timeline_path, "--timeline", [plan_path, model_file.path])
     words = ["-m", "runtime", str(plan_path), model_path, *options.arguments()]
+    return run_ranks(words, plan.world_size, plan.num_replicas)
+
+
+def run_ranks(words: Sequence[str], world_size: int, num_replicas: int) -> int:
+    """Run `python WORDS` as every rank of a job on this machine; returns the exit code."""
     with tempfile.TemporaryDirectory(prefix="lga-run-") as folder:
-        config = _prepare(plan.world_size, folder)
+        config = _prepare(world_size, folder)
         try:
             elastic_launch(config, sys.executable)(*words)
         except ChildFailedError as error:
-            return _explain(error.failures, plan.num_replicas)
+            return _explain(error.failures, num_replicas)
         except SignalException as error:
             print_error(f"ended by {error.sigval.name}; all ranks are down")
             return 128 + error.sigval

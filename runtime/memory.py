@@ -4,15 +4,13 @@ On CUDA the allocator knows it. On the CPU every live storage is followed while 
 slows that step down; so it is done for one step, whose time does not count.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.storages import LiveStorages, tensors_in
+from planner.storages import LiveStorages, StorageWatcher
 
 __all__ = ["PeakMemory", "peak_memory"]
 
@@ -21,26 +19,6 @@ class PeakMemory:
     """Filled when the measured block ends."""
 
     num_bytes = 0
-
-
-class _Watcher(TorchDispatchMode):
-    """Follows what operators make."""
-
-    def __init__(self, storages: LiveStorages) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._storages = storages
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            self._storages.watch(tensor)
-        return result
 
 
 @contextmanager
@@ -60,6 +38,6 @@ def peak_memory(resident: Iterable[Tensor], device: torch.device) -> Iterator[Pe
     storages = LiveStorages()
     for tensor in resident:
         storages.watch(tensor)
-    with _Watcher(storages):
+    with StorageWatcher(storages):
         yield peak
     peak.num_bytes = storages.peak_bytes

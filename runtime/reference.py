@@ -40,7 +40,7 @@ def accumulate(
         random.begin(step=step, replica=replica, micro_batch=micro_batch)
         with random:
             loss = loss_of(samples)
-        (loss / len(micro_batches)).backward()
+            (loss / len(micro_batches)).backward()
         losses.append(loss.detach())
     return losses
 

@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from planner.plan.flat import flat_ranges
 from planner.plan.types import Plan, Unit
 from runtime.layout import dense_stride, flat
 
 __all__ = ["Piece", "UnitState"]
-
-_ALIGNMENT_BYTES = 64
-"""Where torch's allocator starts tensors; kernels may choose their instructions by it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +86,8 @@ class UnitState:
 
     @property
     def num_elements(self) -> int:
-        """Of the model's own parameters."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """Of the flat vector, without what makes parts equal."""
+        return max(end for _, end in self.ranges.values())
 
     def put_shard(self, shard: Tensor | None) -> None:
         """The shard comes to the device, or leaves it."""
@@ -152,20 +150,11 @@ class UnitState:
         return view.as_strided(self.shapes[piece.name], self.strides[piece.name])
 
     def _ranges(self) -> tuple[dict[str, tuple[int, int]], int]:
-        """Where each parameter lies, and the length of all.
-
-        Whole vectors start each parameter where its own tensor would be aligned, because
-        convolutions add in another order otherwise. Partitioned ones are packed: with replicas
-        nothing is bitwise, and every byte of them travels.
-        """
-        found: dict[str, tuple[int, int]] = {}
-        end = 0
-        for name, parameter in self.parameters.items():
-            step = 1 if self.partitioned else _ALIGNMENT_BYTES // parameter.element_size()
-            first = -(-end // step) * step
-            end = first + parameter.numel()
-            found[name] = (first, end)
-        return found, end
+        """Where each parameter lies, and the length of all."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        element_bytes = next(iter(self.parameters.values())).element_size()
+        ranges = flat_ranges(sizes, element_bytes, is_packed=self.partitioned)
+        return dict(zip(self.parameters, ranges, strict=True)), ranges[-1][1]
 
     def _pieces(self) -> Iterator[Piece]:
         for name, (first, last) in self.ranges.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from planner.errors import PlanFileError
+from planner.plan.flat import moment_elements
 from planner.plan.names import kind_of
 from planner.plan.types import Buffer, Plan
 from runtime.program import Program
@@ -66,8 +67,10 @@ def _needs(
             continue
         whole, part = _lengths(plan, units[unit])
         if kind in _OF_PART:
-            slots = plan.options.optimizer_slots if kind == "moments" else 1
-            yield name, _Needed(units[unit].dtype, part * slots, unit)
+            if kind == "moments":
+                trained = (math.prod(units[unit].shapes[n]) for n in units[unit].trainable)
+                part = plan.options.optimizer_slots * moment_elements(trained, part)
+            yield name, _Needed(units[unit].dtype, part, unit)
         elif kind == "weights" and not plan.gathers:
             yield name, _Needed(units[unit].dtype, whole, unit)
     for name, unit in pools:

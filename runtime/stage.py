@@ -1,14 +1,14 @@
 """Forward, recompute, backward and evaluation of one micro-batch through one stage.
 
-The autograd graph is cut at the stage's inputs. An input enters through `_Entry`, which hands its
+The autograd graph is cut at the stage's inputs. An input enters through `Entry`, which hands its
 gradient over instead of accumulating it in a leaf: so the graph keeps no tensor alive that backward
 does not need. Where a later stage has already found a part of an input's gradient, that part enters
 backward as the first summand, in the order in which autograd adds gradients when the whole model
 runs at once: the sum is bitwise the same.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from planner.errors import UsageError
+from planner.passages import Entry
 from planner.plan.types import StagePlan
 from runtime.code import LossFunction, StageProgram
 from runtime.module_buffers import ModuleBuffers
@@ -25,22 +26,6 @@ from runtime.random import KeyedRandom
 from runtime.saved import SavedTensors
 
 __all__ = ["Half", "Saved", "Stage", "modules_of"]
-
-
-class _Entry(torch.autograd.Function):
-    """Lets a boundary tensor into the graph; its gradient goes to `sink[name]`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, _anchor: Tensor, value: Tensor, sink: dict[str, Tensor], name: str, copy: bool
-    ) -> Tensor:
-        ctx.sink, ctx.name = sink, name
-        return value.clone() if copy else value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        ctx.sink[ctx.name] = gradients[0]
-        return None, None, None, None, None
 
 
 class Half(Enum):
@@ -90,6 +75,8 @@ class Stage:
         self.plan = plan
         self._gradient_tensors = gradient_tensors
         self._random = random
+        self._redraws: dict[Half | None, bool] = {}
+        """Whether that backward draws random numbers; unknown before the first."""
         self._program = StageProgram(plan.code, plan.outputs, model, device, random, loss_fn)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         modules = modules_of(plan, model)
@@ -138,7 +125,7 @@ class Stage:
         for name, value in inputs.items():
             copy = name in self.plan.mutated_inputs
             if name in self._gradient_tensors:
-                values[name] = _Entry.apply(self._anchor, value, sink, name, copy)  # type: ignore[no-untyped-call]
+                values[name] = Entry.apply(self._anchor, value, sink, name, copy)  # type: ignore[no-untyped-call]
                 edges[name] = get_gradient_edge(values[name])
             else:
                 values[name] = value.clone() if copy else value
@@ -147,6 +134,9 @@ class Stage:
             if value.requires_grad:
                 edges[name] = get_gradient_edge(value)
         apart = {name: self._buffers.apart(value.detach()) for name, value in outputs.items()}
+        if "loss" in apart:
+            # Kernels may have shrunk it out of something large.
+            apart |= _without_gaps({"loss": apart["loss"]})
         return apart, Saved(edges, sink)
 
     def recompute(
@@ -186,15 +176,31 @@ class Stage:
         if half is not Half.INPUTS:
             saved.edges = {}
         if roots and (leaves is None or leaves):
-            torch.autograd.backward(
-                [edge for edge, _ in roots],
-                [g for _, g in roots],
-                retain_graph=half is Half.INPUTS,
-                inputs=leaves,
-            )
+            with self._redrawing(half):
+                torch.autograd.backward(
+                    [edge for edge, _ in roots],
+                    [g for _, g in roots],
+                    retain_graph=half is Half.INPUTS,
+                    inputs=leaves,
+                )
         found = dict(saved.sink)
         saved.sink.clear()
-        return found
+        return _without_gaps(found)
+
+    @contextmanager
+    def _redrawing(self, half: Half | None) -> Iterator[None]:
+        """Layers that checkpoint themselves draw again, in backward, what their forward drew.
+
+        Keys cost time at every operator. A backward does what the first one did, so one that drew
+        nothing goes without.
+        """
+        if not (self._program.is_random and self._redraws.get(half, True)):
+            yield
+            return
+        num_draws = self._random.num_draws
+        with self._random:
+            yield
+        self._redraws[half] = self._random.num_draws > num_draws
 
     def module_buffers(self) -> list[Tensor]:
         """Buffers of the stage's modules."""
@@ -220,6 +226,15 @@ def modules_of(plan: StagePlan, model: torch.nn.Module) -> dict[int, torch.nn.Mo
     """id() -> module, of all modules inside the layers that a stage calls."""
     paths = [statement.path for statement in plan.code if statement.function == "layer"]
     return {id(m): m for path in paths for m in model.get_submodule(path).modules()}
+
+
+def _without_gaps(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that would keep more memory alive than they fill: a part of the gradient of
+    a concatenation, say, which waits for an earlier stage."""
+    return {
+        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _let_go(_: Any) -> Any:

@@ -16,6 +16,7 @@ from planner.cli.plan import main as plan_command
 from planner.cli.show import main as show_command
 from planner.console import check_can_write
 from planner.errors import UsageError
+from planner.files import write_whole
 from planner.plan.file import read_plan
 from runtime.inputs import CheckedDataset
 from runtime.launch import main as run_command
@@ -132,7 +133,7 @@ def test_what_is_no_model_file(folder: Path, model: str) -> None:
         (("--batch-size", "8", "--micro-batch-size", "3"), "not divisible by micro-batch size 3"),
         (("--pipeline-ranks", "2", "--stages-per-rank", "4"), "the model has 6 layers"),
         (("--gpus", "4"), "2 devices"),
-        (("--cluster", "a100"), "did you mean a100-40 or a100-80?"),
+        (("--cluster", "a100"), "did you mean a100-40 or a100-80"),
         (("--cluster", "small.py"), "unknown cluster"),
         (("--memory-limit", "5kB", "--pipeline-ranks", "1", "--replicas", "1"), "pipeline rank 0"),
         (("--output", "."), "it is a folder"),
@@ -151,6 +152,29 @@ def test_a_missing_folder_is_refused_before_planning(folder: Path) -> None:  # n
     with pytest.raises(UsageError, match="an input"):
         check_can_write(Path("small.py"), "--output", ["./small.py"])
     check_can_write(Path("new.yaml"), "--output", ["small.py", "missing.yaml"])
+
+
+def test_what_is_no_file_is_not_replaced(folder: Path) -> None:
+    """As /dev/null, which whoever runs as root could rename a file over."""
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        assert_refused(
+            plan("small.py", "--output", name), folder, contents(folder), "it is no regular file"
+        )
+        with pytest.raises(OSError, match="regular"):
+            write_whole(folder / name, b"new")
+    assert (folder / "pipe").is_fifo()
+    assert (folder / "link").is_symlink()
+
+
+def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
 def spoiled(content: bytes) -> dict[str, bytes]:

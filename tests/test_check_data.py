@@ -185,7 +185,7 @@ def test_rule_6_a_reduction_before_the_last_backward() -> None:
 def test_rule_6_a_parameter_that_no_unit_holds() -> None:
     plan = chain_plan()
     units = (replace(plan.units[0], parameters=()), *plan.units[1:])
-    assert broken_rules(replace(plan, units=units)) == {6}
+    assert broken_rules(replace(plan, units=units)) == {5, 6}  # its moments are too many
 
 
 def plain_partitioned() -> Plan:

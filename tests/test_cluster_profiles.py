@@ -13,7 +13,17 @@ from planner.cluster.schema import DeviceProfile, Figure, LinkFile
 from planner.cluster.types import Allocator
 from planner.errors import ClusterError
 
-DEVICES = ("a100-40", "a100-80", "b200", "h100-sxm", "h200", "l40s", "rtx-4090", "v100-32")
+DEVICES = (
+    "a100-40",
+    "a100-80",
+    "a100-megatron",
+    "b200",
+    "h100-sxm",
+    "h200",
+    "l40s",
+    "rtx-4090",
+    "v100-32",
+)
 LINKS = (
     "nvlink2",
     "nvlink3",

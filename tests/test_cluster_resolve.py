@@ -64,7 +64,7 @@ def test_gpus_of_this_machine_are_found() -> None:
     [
         ("A100-80", "a100-80"),
         ("h100", "h100-sxm"),
-        ("A100", "a100-40 or a100-80"),
+        ("A100", "a100-40 or a100-80 or a100-megatron"),
         ("rtx4090", "rtx-4090"),
         ("CPU", "cpu"),
     ],

@@ -52,11 +52,12 @@ def test_what_recompute_saves_is_not_counted_in_its_peak_again() -> None:
     profile = chain_profile(graph, saved_bytes=1000, transient_bytes=5000)
     placement = chain_placement(1, 1, 1, layers_per_stage=2, recompute=True)
     (stage,) = lower(graph, profile, chain_cluster(1), placement, PlanOptions()).stages
-    assert stage.forward_transient_bytes == 5000
-    # The second layer's peak stands on what the first has kept, of 1000 + 1000 and the tensor
-    # of 4 bytes between them that are saved in the end.
+    # The second layer begins with the tensor of 4 bytes between them.
+    assert stage.forward_transient_bytes == 5004
+    # Its peak stands on what the first has kept, of 1000 + 1000 and the tensor between them that
+    # are saved in the end.
     assert stage.saved_bytes == 2004
-    assert stage.recompute_transient_bytes == 1000 + 5000 - 2004
+    assert stage.recompute_transient_bytes == 1004 + 5000 - 2004
     kept = chain_placement(1, 1, 1, layers_per_stage=2, recompute=False)
     (stage,) = lower(graph, profile, chain_cluster(1), kept, PlanOptions()).stages
-    assert (stage.forward_transient_bytes, stage.recompute_transient_bytes) == (3996, 0)
+    assert (stage.forward_transient_bytes, stage.recompute_transient_bytes) == (4000, 0)

@@ -115,7 +115,8 @@ def test_fake_counts_equal_real_ones(
     for index, found in enumerate(profile.layers):
         real = _RealLayer(model, graph, index, batch, loss_fn)
         assert found.saved_bytes == real.saved_bytes, found.name
-        assert set(found.saved_tensors) == real.saved_names, found.name
+        # What the graph saved and then let go of is not kept.
+        assert set(found.saved_tensors) <= real.saved_names, found.name
         if build is not Attention or not found.name.startswith("blocks"):
             assert found.forward_flop == real.forward_flop, found.name
             assert found.backward_flop == real.backward_flop, found.name
@@ -203,3 +204,28 @@ def test_a_parameter_gradient_is_transient_once() -> None:
     first = measure(_traced(build, example_batch, own.square), 1).layers[0]
     weight = 4 * 64 * 64
     assert weight <= first.backward_transient_bytes < 2 * weight
+
+
+def test_a_gradient_that_came_to_lie_elsewhere_is_not_passed_on() -> None:
+    """What it takes may lie where the gradient of the output lay, which is gone by then."""
+
+    class Scaled(nn.Module):
+        def __init__(self, num_times: int) -> None:
+            super().__init__()
+            self.linear, self.num_times = nn.Linear(8, 8), num_times
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.linear(x)
+            for _ in range(self.num_times):
+                x = x * 2
+            return x
+
+    def build() -> nn.Module:
+        return nn.Sequential(*map(Scaled, range(6)), nn.Linear(8, 4))
+
+    def example_batch(batch_size: int) -> own.Batch:
+        return {"input": torch.randn(batch_size, 8), "y": torch.randn(batch_size, 4)}
+
+    profile = measure(_traced(build, example_batch, own.square), 2)
+    memories = [layer.memory for layer in profile.layers]
+    assert [memory.passed_gradients for memory in memories if memory is not None] == [()] * 7

@@ -148,8 +148,8 @@ def test_other_text_is_refused(text: str) -> None:
 
 
 def test_another_format_version_is_refused() -> None:
-    text = print_plan(small_plan()).replace("lga_plan: 2", "lga_plan: 3", 1)
-    with pytest.raises(PlanFileError, match="version 3"):
+    text = print_plan(small_plan()).replace("lga_plan: 3", "lga_plan: 4", 1)
+    with pytest.raises(PlanFileError, match="version 4"):
         parse_plan(text)
 
 

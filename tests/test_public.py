@@ -16,11 +16,19 @@ import runtime
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.errors",),
-    ("planner.files", "planner.operators", "planner.schedules", "planner.storages"),
+    (
+        "planner.files",
+        "planner.operators",
+        "planner.passages",
+        "planner.schedules",
+        "planner.storages",
+    ),
     ("planner.plan.code",),
     ("planner.graph",),
+    ("planner.precision",),
+    ("planner.profile",),
     ("planner.cluster.types",),
-    ("planner.profile", "planner.timeline"),
+    ("planner.timeline",),
     ("planner.solve.types",),
     ("planner.plan",),
     ("planner.model_file",),
@@ -28,12 +36,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.measure",),
     ("planner.cluster",),
     ("planner.cost",),
+    ("planner.calibrate",),
     ("planner.solve",),
     ("planner.schedule",),
     ("planner.lower",),
     ("planner.simulate",),
     ("planner.check",),
+    ("planner.predict",),
     ("planner.export",),
+    ("planner.apply_profile",),
     ("planner.pipeline",),
     ("planner.report",),
     ("planner.console",),
@@ -44,18 +55,30 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 The `types` of cluster and solve are data that a plan or an order is made of: they come early.
 """
 RUNTIME_MAY_IMPORT = (
+    "planner.cluster.accelerator",
+    "planner.cluster.measure",
+    "planner.cluster.measured",
+    "planner.cluster.samples",
+    "planner.cluster.schema",
+    "planner.cluster.types",
     "planner.console",
+    "planner.cost.algorithm",
     "planner.errors",
     "planner.export.files",
     "planner.export.timeline_file",
+    "planner.files",
     "planner.graph",
     "planner.model_file",
     "planner.operators",
+    "planner.passages",
     "planner.plan",
+    "planner.report.measured_cluster",
+    "planner.report.quantities",
     "planner.schedules",
     "planner.storages",
     "planner.timeline",
 )
+"""Those of cluster, cost and report are for the program that measures clusters."""
 
 
 def module_name(path: Path) -> str:

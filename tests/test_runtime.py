@@ -52,6 +52,26 @@ def test_seek_continues_in_the_middle_of_the_forward() -> None:
         assert torch.equal(nn.functional.dropout(torch.ones(64), 0.5), second)
 
 
+def test_what_runs_again_from_a_saved_state_draws_the_same() -> None:
+    random, drawn = KeyedRandom(1), []
+    before = torch.get_rng_state()
+    for _ in range(2):
+        random.begin(step=0, replica=0, micro_batch=0)
+        with random:
+            first = nn.functional.dropout(torch.ones(64), 0.5)
+            state = torch.get_rng_state()
+            second = nn.functional.dropout(torch.ones(64), 0.5)
+            third = nn.functional.dropout(torch.ones(64), 0.5)
+            torch.set_rng_state(state)
+            drawn.append(nn.functional.dropout(torch.ones(64), 0.5))
+        assert torch.equal(drawn[-1], second)
+        assert not torch.equal(second, first)
+        assert not torch.equal(second, third)
+    assert torch.equal(*drawn)
+    assert random.num_draws == 8
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_random_operators_without_a_generator_argument_are_keyed_too() -> None:
     def draw() -> Tensor:
         random = KeyedRandom(3)

@@ -131,7 +131,7 @@ breadth-first."""
 def test_reduction_left_exposed(
     schedule: Schedule, loops: int, column: int, reduce_seconds: int
 ) -> None:
-    num_elements = 1000
+    num_elements = 1024  # no padding between parameters
     # Two replicas on one host: an all-reduce moves the layer's bytes once out of each.
     cluster = chain_cluster(
         8,

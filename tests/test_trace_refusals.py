@@ -1,5 +1,6 @@
 """What a plan could only get wrong silently is refused by the tracer, or traced right."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +48,16 @@ class Rounding(nn.Module):
 class Checkpointed(nn.Module):
     """A layer that saves memory by itself."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, use_reentrant: bool = False, preserve_rng_state: bool = True) -> None:
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(dropout), nn.Linear(4, 4))
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.how = {"use_reentrant": use_reentrant, "preserve_rng_state": preserve_rng_state}
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.second(nn.functional.dropout(self.first(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)
+        return checkpoint(self.inner, nn.functional.dropout(x), **self.how)
 
 
 class Pair(nn.Module):
@@ -107,14 +112,57 @@ def test_an_autograd_function_inside_a_layer_is_the_users_own() -> None:
     assert_same(whole, plan_of(whole, (0, 1, 2), num_pipeline_ranks=2))
 
 
-def test_randomness_that_backward_draws_again_is_refused() -> None:
-    def build(dropout: float) -> Callable[[], nn.Module]:
-        return lambda: nn.Sequential(nn.Linear(4, 4), Checkpointed(dropout), nn.Linear(4, 4))
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_backward_draws_again_what_forward_drew(use_reentrant: bool) -> None:
+    layer = functools.partial(Checkpointed, use_reentrant=use_reentrant)
+    model = model_file(lambda: nn.Sequential(nn.Linear(4, 4), layer(), layer(), nn.Linear(4, 4)))
+    for recompute in (False, True):
+        plan = plan_of(model, (0, 1, 4), num_pipeline_ranks=2, recompute=recompute)
+        assert_same(model, plan)
 
-    with pytest.raises(TraceError, match="draws random numbers again in backward"):
-        measure(trace(model_file(build(0.5))), 2)
-    sound = model_file(build(0.0))
-    assert_same(sound, plan_of(sound, (0, 1, 3), num_pipeline_ranks=2))
+
+def test_numbers_that_only_backward_draws_are_refused() -> None:
+    layer = functools.partial(Checkpointed, preserve_rng_state=False)
+    with pytest.raises(TraceError, match="draws random numbers in backward"):
+        measure(trace(model_file(lambda: nn.Sequential(nn.Linear(4, 4), layer()))), 2)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_between_layers_is_left_to_the_plan(use_reentrant: bool) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+            self.dropout = nn.Dropout(0.5)
+
+        def two(self, x: Tensor, first: int) -> Tensor:
+            return self.layers[first + 1](self.dropout(self.layers[first](x)))
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            for first in (0, 2):  # with re-entry these train nothing: the batch has no gradient
+                input = checkpoint(self.two, input, first, use_reentrant=use_reentrant)  # noqa: A001
+            return self.layers[3](input)
+
+    model = model_file(Between)
+    plan = plan_of(model, (0, 2, 5), num_pipeline_ranks=2)
+    trained = [p.trainable for p in plan.parameters]
+    assert trained == [not use_reentrant] * 6 + [True] * 2
+    assert_same(model, plan)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_statistics_that_a_checkpoint_would_move_twice_are_refused(use_reentrant: bool) -> None:
+    class Normalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return checkpoint(self.norm, self.first(input), use_reentrant=use_reentrant)
+
+    with pytest.raises(TraceError, match="layer 'norm' changes its buffers"):
+        trace(model_file(Normalised))
 
 
 def test_several_results_of_a_layer_under_no_grad_are_detached() -> None:

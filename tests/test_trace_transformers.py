@@ -8,6 +8,7 @@ import torch
 from models.run import check_exact
 from torch import nn
 
+from planner.errors import TraceError
 from planner.measure import measure
 from planner.model_file import model_from_functions
 from planner.trace import trace
@@ -40,10 +41,10 @@ def _mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
-def _t5() -> nn.Module:
+def _t5(use_cache: bool = False) -> nn.Module:
     config = transformers.T5Config(
         vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-        decoder_start_token_id=0, use_cache=False,
+        decoder_start_token_id=0, use_cache=use_cache,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config)
 
@@ -84,13 +85,31 @@ def test_exact(build: Callable[[], nn.Module], num_blocks: int) -> None:
     assert len(blocks) == num_blocks
 
 
-def test_grouped_query_attention() -> None:
-    # Traced, transformers passes the causal mask on; eager, it calls another kernel without one.
+@pytest.mark.parametrize("num_key_value_heads", [1, 2])
+def test_attention_is_causal_without_a_mask(num_key_value_heads: int) -> None:
+    # As in eager mode: positions are constants, so transformers sees that it needs no mask.
     def build() -> nn.Module:
-        config = transformers.LlamaConfig(**_SMALL, num_key_value_heads=1, use_cache=False)
+        config = transformers.LlamaConfig(
+            **_SMALL, num_key_value_heads=num_key_value_heads, use_cache=False
+        )
         return transformers.LlamaForCausalLM(config)
 
-    check_exact(build, _tokens, rounding=True)
+    graph = check_exact(build, _tokens)
+    blocks = [layer for layer in graph.layers if layer.name.startswith("model.layers.")]
+    given = [dict(statement.keywords) for layer in blocks for statement in layer.code]
+    assert [keywords["attention_mask"] for keywords in given if "attention_mask" in keywords] == [
+        None, None
+    ]  # fmt: skip
+
+
+def test_a_mask_of_the_batch_is_passed_on() -> None:
+    def example_batch(batch_size: int) -> dict[str, torch.Tensor]:
+        tokens = _tokens(batch_size)
+        mask = torch.ones_like(tokens["input_ids"])
+        mask[:, :2] = 0
+        return tokens | {"attention_mask": mask}
+
+    check_exact(_llama, example_batch)
 
 
 def test_model_output_reaches_loss_fn() -> None:
@@ -142,3 +161,64 @@ def test_seventy_billion_parameters() -> None:
     products = 2 * 2048 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
     attention = 2 * 2 * 2048 * 2048 * 8192
     assert block.forward_flop == products + attention
+
+
+def _reformer() -> nn.Module:
+    config = transformers.ReformerConfig(
+        vocab_size=64, hidden_size=16, feed_forward_size=32, attn_layers=["local"] * 4,
+        num_attention_heads=2, attention_head_size=8, axial_pos_shape=[2, 4], is_decoder=True,
+        axial_pos_embds_dim=[8, 8], local_attn_chunk_length=4, max_position_embeddings=8,
+    )  # fmt: skip
+    return transformers.ReformerModelWithLMHead(config)
+
+
+def _wav2vec2() -> nn.Module:
+    config = transformers.Wav2Vec2Config(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,),
+        num_feat_extract_layers=1, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+def _t5_with_cache() -> nn.Module:
+    return _t5(use_cache=True)
+
+
+def _sounds(batch_size: int) -> dict[str, torch.Tensor]:
+    labels = torch.randint(1, 64, (batch_size, 2))
+    return {"input_values": torch.randn(batch_size, 800), "labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("build", "example_batch", "words"),
+    [
+        (
+            _reformer,
+            _tokens,
+            (
+                "autograd function _ReversibleFunction between its layers",
+                "in module 'reformer.encoder'",
+                "hidden_states = _ReversibleFunction.apply(",
+                "put it into an nn.Module of its own",
+            ),
+        ),
+        (
+            _wav2vec2,
+            _sounds,
+            ("between its layers", "if labels is not None and labels.max() >=", "torch.where"),
+        ),
+        (
+            _t5_with_cache,
+            _tokens,
+            ("module 'decoder.block.0'", "= layer_module(", "use_cache = False"),
+        ),
+    ],
+)
+def test_what_cannot_be_traced_is_named_with_its_line_and_a_way_out(
+    build: Callable[[], nn.Module], example_batch: Callable[[int], Any], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(TraceError) as caught:
+        trace(model_from_functions(build, example_batch))
+    for word in words:
+        assert word in str(caught.value)

@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from planner.check.types import Cell, Failure
+from planner.graph import DTYPE_BYTES
+from planner.plan.flat import flat_length
 from planner.plan.types import Opcode, Plan, Unit
 from planner.schedules import Schedule
 
@@ -53,7 +55,10 @@ def _table_failures(plan: Plan) -> Iterator[tuple[int, Failure]]:
     specs = {parameter.name: parameter for parameter in plan.parameters}
     for unit in plan.units:
         found = [specs[name] for name in unit.parameters]
-        needed = (sum(p.num_elements for p in found), any(p.trainable for p in found))
+        sizes = [parameter.num_elements for parameter in found]
+        element_bytes = DTYPE_BYTES[unit.dtype]
+        length = flat_length(sizes, element_bytes, is_packed=plan.partition == 3)
+        needed = (length, any(parameter.trainable for parameter in found))
         same = {p.dtype for p in found} == {unit.dtype}
         if not same or needed != (unit.num_elements, unit.trainable):
             message = f"{unit.name} differs from its parameters in size, type or training"

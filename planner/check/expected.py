@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from planner.graph import TensorSpec
+from planner.plan.flat import moment_elements
 from planner.plan.types import Buffer, Opcode, Plan, StagePlan, Unit
 from planner.schedules import Schedule
 
@@ -82,6 +83,11 @@ class Expected:
         replicas = self.plan.num_replicas if self.plan.partition else 1
         return -(-unit.num_elements // replicas)
 
+    def _moment_elements(self, unit: Unit) -> int:
+        sizes = {p.name: p.num_elements for p in self.plan.parameters if p.trainable}
+        trained = (sizes.get(name, 0) for name in unit.parameters)
+        return moment_elements(trained, self.part_elements(unit))
+
     def whole_elements(self, unit: Unit) -> int:
         """Elements of all parts, padding included."""
         replicas = self.plan.num_replicas if self.plan.partition else 1
@@ -97,8 +103,12 @@ class Expected:
 
     def _backward(self, stage: StagePlan, opcode: Opcode) -> Form:
         reads = [f"saved:{stage.index}"]
-        if not stage.recompute:
-            reads += [f"batch:{n}" if n in stage.batch_keys else n for n in stage.kept]
+        made_again = stage.outputs if stage.recompute else ()
+        reads += [
+            f"batch:{name}" if name in stage.batch_keys else name
+            for name in stage.kept
+            if name not in made_again
+        ]
         gradients: list[tuple[str, int]] = []
         made: list[str] = []
         for name in (*stage.outputs, *stage.inputs):
@@ -172,7 +182,7 @@ class Expected:
         sizes = {
             "weights": self.whole_elements(unit),
             "part": unit.num_elements,
-            "moments": self.part_elements(unit) * self.plan.options.optimizer_slots,
+            "moments": self._moment_elements(unit) * self.plan.options.optimizer_slots,
         }
         num_elements = sizes.get(kind, self.part_elements(unit))
         same = (buffer.dtype, math.prod(buffer.shape)) == (unit.dtype, num_elements)

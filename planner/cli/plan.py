@@ -17,7 +17,8 @@ from planner.console import (
     command_errors,
     console,
 )
-from planner.model_file import load_model_file
+from planner.measure.file import read_profile
+from planner.model_file import DEFAULT_SEQUENCE_LENGTH, load_model_file
 from planner.pipeline import DEFAULT_SAMPLES_PER_DEVICE, PlanResult, default_batch_size, make_plan
 from planner.plan.file import write_plan
 from planner.report import (
@@ -44,10 +45,21 @@ __all__ = ["main"]
     f"{DEFAULT_CLUSTER}]",
 )
 @click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="File of lga-profile: layers take what was measured on this kind of device.",
+)
+@click.option(
     "--batch-size",
     type=SAMPLES,
     help="Samples per step, over all devices  [default: what the other options imply, else "
     f"{DEFAULT_SAMPLES_PER_DEVICE} per device]",
+)
+@click.option(
+    "--sequence-length",
+    type=SAMPLES,
+    help="Tokens per sample, where MODEL is a config.json  "
+    f"[default: {DEFAULT_SEQUENCE_LENGTH}, or the model's positions if it has fewer]",
 )
 @click.option("--micro-batch-size", type=SAMPLES, help="Samples per micro-batch.")
 @click.option("--micro-batches", type=SAMPLES, help="Micro-batches per replica and step.")
@@ -110,7 +122,9 @@ def main(
     model: str,
     gpus: int,
     cluster: str | None,
+    profile: Path | None,
     batch_size: int | None,
+    sequence_length: int | None,
     micro_batch_size: int | None,
     micro_batches: int | None,
     replicas: int | None,
@@ -125,7 +139,10 @@ def main(
     seed: int,
     output: Path | None,
 ) -> None:
-    """Plan one training step of MODEL (a Python file or module) on a number of devices.
+    """Plan one training step of MODEL on a number of devices.
+
+    MODEL is a Python file or module, or the config.json of a causal language model of the
+    transformers library.
 
     Whatever of mesh, micro-batches, partition and recomputation is not given is chosen, so that
     the predicted step is shortest. Nothing is written unless a plan is found and proved.
@@ -140,18 +157,17 @@ def main(
         recompute=recompute,
     )
     limit = None if memory_limit is None else parse_bytes(memory_limit)
-    if batch_size is None:
-        batch_size = default_batch_size(gpus, constraints)
-        console.print(f"no --batch-size given: {batch_size} samples per step", highlight=False)
-    model_file = load_model_file(model)
+    batch_size = batch_size or _default_batch_size(gpus, constraints)
+    model_file = load_model_file(model, sequence_length=sequence_length)
     path = output if output is not None else Path(f"{model_file.name}.plan.yaml")
-    check_can_write(path, "--output", [model_file.path, cluster or ""])
+    check_can_write(path, "--output", [model_file.path, cluster or "", profile or ""])
     result = make_plan(
         model_file,
         num_devices=gpus,
         cluster=resolve_cluster(cluster, gpus),
         global_batch_size=batch_size,
         constraints=constraints,
+        measured=None if profile is None else read_profile(profile),
         memory_limit_bytes=limit,
         clip_norm=clip_norm,
         check_finite=check_finite,
@@ -163,11 +179,21 @@ def main(
     console.print(Text(f"plan      written to {path}"), soft_wrap=True)
 
 
+def _default_batch_size(gpus: int, constraints: Constraints) -> int:
+    found = default_batch_size(gpus, constraints)
+    console.print(f"no --batch-size given: {found} samples per step", highlight=False)
+    return found
+
+
 def _print_result(result: PlanResult, gpus: int) -> None:
     plan, simulation = result.plan, result.simulation
     lines = plan_lines(plan)
     if plan.world_size < gpus:
         lines.append(f"devices   {plan.world_size} of {gpus}: more would not fit or not help")
+    if result.measured is not None:
+        lines.append(f"layers    {result.measured.note_at(plan.micro_batch_size)}")
+        if result.measured.warning:
+            lines.append(f"warning   {result.measured.warning}")
     for line in lines:
         console.print(Text(line), soft_wrap=True)
     console.print(placement_table(plan))

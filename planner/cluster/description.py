@@ -50,9 +50,16 @@ def read_cluster(path: Path, num_devices: int) -> Cluster:
         hosts=tuple(hosts),
         network=_network(spec, file),
         backend=spec.backend or ("gloo" if uses_cpu else "nccl"),
-        provenance=f"read from {file}",
+        provenance=_provenance(spec, file),
         collectives=spec.collectives,
     )
+
+
+def _provenance(spec: ClusterFile, file: str) -> str:
+    if spec.measured is None:
+        return f"read from {file}"
+    versions = ", ".join(f"{name} {version}" for name, version in spec.measured.versions.items())
+    return f"read from {file}, measured on {spec.measured.date} ({versions})"
 
 
 def _host(spec: HostSpec, num_devices: int, where: str) -> Host:

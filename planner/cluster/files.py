@@ -54,6 +54,8 @@ def read_text(path: Path) -> str:
         ClusterError: there is no such file, or it is not readable UTF-8 text.
     """
     try:
+        if path.exists() and not path.is_file():  # a device may have no end
+            raise OSError("it is no regular file")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ClusterError(

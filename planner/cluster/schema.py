@@ -6,13 +6,22 @@ reads. Does not know where a description comes from, nor what a name refers to.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from planner.cluster.types import Allocator, CollectiveAlgorithm, Device, Link
+from planner.cluster.samples import MeasuredSpec, Strict
+from planner.cluster.types import (
+    Allocator,
+    CollectiveAlgorithm,
+    Device,
+    Link,
+    OperatorRates,
+)
+from planner.profile import OperatorClass
 
 __all__ = [
     "AllocatorSpec",
     "Bytes",
+    "ClassRates",
     "ClusterFile",
     "Count",
     "DeviceProfile",
@@ -22,19 +31,14 @@ __all__ = [
     "HostSpec",
     "LinkFile",
     "LinkSpec",
+    "RatesSpec",
     "Seconds",
     "UsualHost",
     "UsualNetwork",
 ]
 
 
-class _Strict(BaseModel):
-    """Refuses unknown keys, strings for numbers, and infinities."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Figure(_Strict):
+class Figure(Strict):
     """A number with its source; a bare number is accepted and has no source of its own."""
 
     value: Annotated[float, Field(gt=0)]
@@ -75,10 +79,12 @@ _OVERHEAD = Seconds(value=5e-6, source="assumption: 200 000 operators a second i
 _COMPUTE = Fraction(value=0.8, source="assumption: 0.8 of the peak in large products")
 _MEMORY = Fraction(value=0.87, source="assumption: 0.87 of the memory bandwidth")
 _WHOLE = Fraction(value=1.0, source="taken at its word")
+_MESSAGE = Seconds(value=0.0, source="assumption: a copy engine moves the bytes")
+_NO_HALF = Bytes(value=0.0, source="assumption: kernels of every size reach the rate")
 _ISSUE = Seconds(value=0.0, source="assumption: small beside the instructions themselves")
 
 
-class AllocatorSpec(_Strict):
+class AllocatorSpec(Strict):
     """A caching allocator. See `planner.cluster.types.Allocator` for the meaning of the sizes."""
 
     rounding_bytes: Count
@@ -93,6 +99,34 @@ class AllocatorSpec(_Strict):
         return Allocator(**sizes)
 
 
+class RatesSpec(Strict):
+    """One class of operators. See `planner.cluster.types.OperatorRates` for the meaning."""
+
+    compute_efficiency: Fraction
+    memory_efficiency: Fraction
+    half_flop: Bytes = _NO_HALF
+    half_bytes: Bytes = _NO_HALF
+
+    def to_rates(self) -> OperatorRates:
+        figures = {name: getattr(self, name).value for name in type(self).model_fields}
+        return OperatorRates(**figures)
+
+
+class ClassRates(Strict):
+    """Rates of classes of operators; a class without any has the device's efficiencies."""
+
+    product: RatesSpec | None = None
+    convolution: RatesSpec | None = None
+    attention: RatesSpec | None = None
+    normalisation: RatesSpec | None = None
+    embedding: RatesSpec | None = None
+    elementwise: RatesSpec | None = None
+
+    def by_class(self) -> dict[OperatorClass, RatesSpec]:
+        given = {kind: getattr(self, kind.value) for kind in OperatorClass}
+        return {kind: rates for kind, rates in given.items() if rates is not None}
+
+
 def _kind(value: Any) -> str:
     return "name" if isinstance(value, str) else "inline"
 
@@ -104,7 +138,7 @@ NamedOrAllocator = Annotated[
 """`torch-cuda`: the sizes of torch 2.13's c10/core/AllocatorConfig.h."""
 
 
-class DeviceSpec(_Strict):
+class DeviceSpec(Strict):
     """One device. See `planner.cluster.types.Device` for the meaning of the figures."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -118,6 +152,11 @@ class DeviceSpec(_Strict):
     instruction_overhead_seconds: Seconds = _ISSUE
     host_bandwidth: Figure | None = None
     allocator: NamedOrAllocator | None = None
+    synchronous: bool = False
+    random_bandwidth: Figure | None = None
+    message_seconds: Seconds = _MESSAGE
+    rates: ClassRates | None = None
+    launch_seconds: Seconds | None = None
 
     def to_device(self, where: str) -> Device:
         """The device; `where` is the source of figures that name none."""
@@ -130,9 +169,22 @@ class DeviceSpec(_Strict):
             "memory efficiency": self.memory_efficiency,
             "reserved": self.reserved_bytes,
             "issue": self.instruction_overhead_seconds,
+            "messages": self.message_seconds,
         }
         if self.host_bandwidth is not None:
             figures["host bandwidth"] = self.host_bandwidth
+        if self.random_bandwidth is not None:
+            figures["random numbers"] = self.random_bandwidth
+        if self.launch_seconds is not None:
+            figures["launch"] = self.launch_seconds
+        classes = {} if self.rates is None else self.rates.by_class()
+        for kind, rates in classes.items():
+            figures[f"{kind} compute"] = rates.compute_efficiency
+            figures[f"{kind} memory"] = rates.memory_efficiency
+            if rates.half_flop.value:
+                figures[f"{kind} half flop"] = rates.half_flop
+            if rates.half_bytes.value:
+                figures[f"{kind} half bytes"] = rates.half_bytes
         allocator = self.allocator
         by_source: dict[str, list[str]] = {}
         for key, figure in figures.items():
@@ -150,6 +202,11 @@ class DeviceSpec(_Strict):
             provenance="; ".join(sources),
             instruction_overhead_seconds=self.instruction_overhead_seconds.value,
             host_bandwidth=None if self.host_bandwidth is None else self.host_bandwidth.value,
+            synchronous=self.synchronous,
+            random_bandwidth=None if self.random_bandwidth is None else self.random_bandwidth.value,
+            message_seconds=self.message_seconds.value,
+            rates={kind: rates.to_rates() for kind, rates in classes.items()},
+            launch_seconds=0.0 if self.launch_seconds is None else self.launch_seconds.value,
             allocator=Allocator() if isinstance(allocator, str) else _allocator(allocator),
         )
 
@@ -158,7 +215,7 @@ def _allocator(spec: AllocatorSpec | None) -> Allocator | None:
     return None if spec is None else spec.to_allocator()
 
 
-class LinkSpec(_Strict):
+class LinkSpec(Strict):
     """One link, each direction, per device (of a network: per adapter)."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -180,27 +237,27 @@ class LinkSpec(_Strict):
         )
 
 
-class LinkFile(_Strict):
+class LinkFile(Strict):
     """The packaged links."""
 
     links: list[LinkSpec]
 
 
-class UsualHost(_Strict):
+class UsualHost(Strict):
     """The machine that a device usually comes in."""
 
     num_devices: Count
     link: str
 
 
-class UsualNetwork(_Strict):
+class UsualNetwork(Strict):
     """The network between such machines."""
 
     link: str
     adapters_per_device: Figure
 
 
-class DeviceProfile(_Strict):
+class DeviceProfile(Strict):
     """A packaged device: its figures and its usual surroundings."""
 
     cuda_names: list[str]
@@ -218,7 +275,7 @@ NamedOrLink = Annotated[
 ]
 
 
-class HostSpec(_Strict):
+class HostSpec(Strict):
     """One machine of a user's cluster."""
 
     device: NamedOrDevice
@@ -230,7 +287,7 @@ class HostSpec(_Strict):
     """Of all its network adapters together; by default every device has the network's own."""
 
 
-class ClusterFile(_Strict):
+class ClusterFile(Strict):
     """A user's cluster file."""
 
     hosts: Annotated[list[HostSpec], Field(min_length=1)]
@@ -241,3 +298,5 @@ class ClusterFile(_Strict):
     backend: Annotated[str, Field(pattern="^(nccl|gloo)$")] | None = None
     """torch.distributed's backend; by default `gloo` where a device is `cpu`, else `nccl`."""
     collectives: CollectiveAlgorithm = "ring"
+    measured: MeasuredSpec | None = None
+    """Where `lga-profile --cluster` wrote the file."""

@@ -1,9 +1,20 @@
 """Devices, links and hosts, as the solver and the simulator read them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Allocator", "Cluster", "CollectiveAlgorithm", "Device", "Host", "Link"]
+from planner.profile import OperatorClass
+
+__all__ = [
+    "Allocator",
+    "Cluster",
+    "CollectiveAlgorithm",
+    "Device",
+    "Host",
+    "Link",
+    "OperatorRates",
+]
 
 CollectiveAlgorithm = Literal["ring", "tree", "auto"]
 """How collectives travel; `auto`: the quicker of the others, each time."""
@@ -23,6 +34,20 @@ class Allocator:
     large_segment_bytes: int = 20 * 2**20
     segment_rounding_bytes: int = 2 * 2**20
     """Larger requests get a segment of their own, rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorRates:
+    """How fast one class of operators runs, against the peaks of its device."""
+
+    compute_efficiency: float
+    """Part of peak_flops that the largest kernels of the class reach."""
+    memory_efficiency: float
+    """Part of memory_bandwidth that the largest kernels of the class reach."""
+    half_flop: float = 0.0
+    """A kernel with this many flop reaches half of the class's rate; 0: every size reaches all."""
+    half_bytes: float = 0.0
+    """A kernel that moves this many bytes reaches half of the class's rate; likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +84,20 @@ class Device:
     batches and offloaded state come; None: such copies are free."""
     allocator: Allocator | None = None
     """None: memory is taken and given back byte by byte (a CPU)."""
+    rates: Mapping[OperatorClass, OperatorRates] = field(default_factory=dict)
+    """By class of operators; a class without any has the efficiencies above at every size."""
+    launch_seconds: float = 0.0
+    """Host time to issue one kernel. Kernels run behind the host, so a layer takes the longer of
+    its kernels' time and its launches' time; 0: the host is never what a layer waits for."""
+    update_efficiency: float | None = None
+    """Part of memory_bandwidth that the user's optimizer was measured to reach; None: as large
+    element-wise kernels."""
+
+    def operator_rates(self, kind: OperatorClass) -> OperatorRates:
+        """The rates of a class: its own, or the device's efficiencies."""
+        return self.rates.get(kind) or OperatorRates(
+            compute_efficiency=self.compute_efficiency, memory_efficiency=self.memory_efficiency
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,22 +8,30 @@ from planner.cost.collectives import (
 )
 from planner.cost.seconds import (
     copy_seconds,
+    kernel_seconds,
+    kernels_seconds,
     layer_seconds,
     peak_flops,
     read_seconds,
     transfer_seconds,
     update_seconds,
 )
+from planner.cost.tensor import split_layer_seconds, split_profile, tensor_seconds
 
 __all__ = [
     "all_reduce_seconds",
     "copy_seconds",
     "gather_seconds",
+    "kernel_seconds",
+    "kernels_seconds",
     "layer_seconds",
     "num_rounds",
     "peak_flops",
     "read_seconds",
     "reduce_scatter_seconds",
+    "split_layer_seconds",
+    "split_profile",
+    "tensor_seconds",
     "transfer_seconds",
     "update_seconds",
 ]

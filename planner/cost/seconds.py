@@ -11,6 +11,8 @@ from planner.profile import LayerProfile, OperatorCount
 
 __all__ = [
     "copy_seconds",
+    "kernel_seconds",
+    "kernels_seconds",
     "layer_seconds",
     "peak_flops",
     "read_seconds",
@@ -45,33 +47,58 @@ def peak_flops(device: Device, dtype: str) -> float:
 def layer_seconds(profile: LayerProfile, device: Device) -> tuple[float, float]:
     """Forward and backward seconds of one micro-batch through a layer.
 
-    Measured seconds where the profile has them. Else the roofline (Williams, Waterman and
-    Patterson, CACM 52(4), 2009), kernel by kernel:
-
-        max(flop / (peak x compute efficiency), bytes / (bandwidth x memory efficiency), overhead)
-
-    A synchronous device adds the overhead instead, and random numbers have a bandwidth of their
-    own where the device says so.
+    Measured seconds where the profile has them, else those of `kernels_seconds`.
     """
     forward, backward = profile.forward_seconds, profile.backward_seconds
     return (
-        _roofline_seconds(profile.forward, device) if forward is None else forward,
-        _roofline_seconds(profile.backward, device) if backward is None else backward,
+        kernels_seconds(profile.forward, device) if forward is None else forward,
+        kernels_seconds(profile.backward, device) if backward is None else backward,
     )
 
 
-def _roofline_seconds(counts: Iterable[OperatorCount], device: Device) -> float:
-    seconds = 0.0
+def kernels_seconds(
+    counts: Iterable[OperatorCount],
+    device: Device,
+    *,
+    collective_seconds: float = 0.0,
+    waiting_seconds: float = 0.0,
+) -> float:
+    """Seconds of kernels that run one after the other, behind the host that launches them.
+
+    The roofline (Williams, Waterman and Patterson, CACM 52(4), 2009), kernel by kernel, at the
+    rates of the kernel's class:
+
+        max((flop + half flop) / (peak x compute efficiency),
+            (bytes + half bytes) / (bandwidth x memory efficiency), overhead)
+
+    so that a kernel of half_flop flop reaches half of the rate (the n 1/2 of Hockney and Jesshope,
+    Parallel Computers 2, 1988). A synchronous device adds the overhead instead, and random numbers
+    have a bandwidth of their own where the device says so.
+
+    The host needs `launch_seconds` per kernel; where that is longer, the kernels wait for it.
+    `collective_seconds` of collectives queue among the kernels; `waiting_seconds` are what the host
+    loses to them.
+    """
+    num_kernels = 0
+    seconds = collective_seconds
     for count in counts:
-        bandwidth = device.memory_bandwidth * device.memory_efficiency
-        if count.draws and device.random_bandwidth is not None:
-            bandwidth = device.random_bandwidth
-        compute = peak_flops(device, count.dtype) * device.compute_efficiency
-        work = max(count.flop / compute, count.moved_bytes / bandwidth)
-        overhead = device.kernel_overhead_seconds
-        kernel_seconds = work + overhead if device.synchronous else max(work, overhead)
-        seconds += kernel_seconds * count.num_kernels
-    return seconds
+        seconds += kernel_seconds(count, device) * count.num_kernels
+        num_kernels += count.num_kernels
+    return max(seconds, device.launch_seconds * num_kernels + waiting_seconds)
+
+
+def kernel_seconds(count: OperatorCount, device: Device) -> float:
+    """Seconds of one of the kernels that `count` counts; see `kernels_seconds`."""
+    rates = device.operator_rates(count.kind)
+    bandwidth = device.memory_bandwidth * rates.memory_efficiency
+    if count.draws and device.random_bandwidth is not None:
+        bandwidth = device.random_bandwidth
+    work = (count.moved_bytes + rates.half_bytes) / bandwidth
+    if count.flop:
+        compute = peak_flops(device, count.dtype) * rates.compute_efficiency
+        work = max(work, (count.flop + rates.half_flop) / compute)
+    overhead = device.kernel_overhead_seconds
+    return work + overhead if device.synchronous else max(work, overhead)
 
 
 def transfer_seconds(num_bytes: int, link: Link) -> float:
@@ -87,11 +114,12 @@ def update_seconds(
 
     Weights, gradients and each slot are read and written once (the gradient is cleared for the
     next step): 2 x (2 + slots) x element bytes per element. That is what a fused optimizer moves,
-    so it is a lower bound for others; the arithmetic, about ten flop per element, hides behind it
-    on every device (roofline, as in `layer_seconds`).
+    so it is a lower bound for others, where none was measured; the arithmetic, about ten flop per
+    element, hides behind it on every device (roofline, as in `layer_seconds`).
     """
     moved_bytes = 2 * (2 + optimizer_slots) * element_bytes * num_elements
-    bandwidth = device.memory_bandwidth * device.memory_efficiency
+    efficiency = device.update_efficiency or device.memory_efficiency
+    bandwidth = device.memory_bandwidth * efficiency
     return max(moved_bytes / bandwidth, device.kernel_overhead_seconds)
 
 

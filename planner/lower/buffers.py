@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from planner.graph import LayerGraph, TensorSpec
+from planner.plan.flat import moment_elements
 from planner.plan.names import buffer_key
 from planner.plan.types import Buffer, Instruction, PlanOptions, StagePlan, Unit
 from planner.solve.types import Placement
@@ -26,6 +27,7 @@ class BufferTable:
             **graph.tensor_specs,
             **{spec.name: spec for spec in graph.batch},
         }
+        self._trained = {p.name: p.num_elements for p in graph.parameters if p.trainable}
         self._placement, self._options, self._stages = placement, options, stages
 
     def of_rank(
@@ -63,11 +65,12 @@ class BufferTable:
         if self._placement.partition:
             part = -(-whole // self._placement.num_replicas)
             whole = part * self._placement.num_replicas
+        trained = (self._trained.get(name, 0) for name in unit.parameters)
         shapes = {
             "part": (unit.num_elements,),
             "shard": (part,),
             "reduced": (part,),
-            "moments": (self._options.optimizer_slots, part),
+            "moments": (self._options.optimizer_slots, moment_elements(trained, part)),
         }
         return shapes.get(kind, (whole,))
 

@@ -33,9 +33,11 @@ def stage_templates(
     """The templates of one stage; `saves` is false where no backward follows."""
     batch = [f"batch:{key}" for key in stage.batch_keys]
     inputs, saved = [*stage.inputs, *batch], f"saved:{stage.index}"
-    kept = [saved]
-    if not stage.recompute:
-        kept += [f"batch:{n}" if n in stage.batch_keys else n for n in stage.kept]
+    made_again = stage.outputs if stage.recompute else ()
+    kept = [
+        saved,
+        *(f"batch:{n}" if n in stage.batch_keys else n for n in stage.kept if n not in made_again),
+    ]
     back = [n for n in stage.inputs if routes[n].requires_grad]
     made = [n for n in stage.outputs if n != "loss" and routes[n].requires_grad]
     passed = [n for n in back if stage.index != routes[n].chain[-1]]

@@ -5,6 +5,8 @@ instructions placed before or behind them. Nothing here decides: every choice wa
 a rule of a pass.
 """
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -95,7 +97,22 @@ def lower(
             table.of_rank((programs[rank], *evaluation[rank : rank + 1]), pools[rank])
             for rank in range(placement.num_pipeline_ranks)
         ),
+        module_buffer_bytes=graph.buffer_bytes + _kept_buffer_bytes(profile, placement),
     )
+
+
+def _kept_buffer_bytes(profile: Profile, placement: Placement) -> int:
+    """Copies of buffers that a forward changes, until the micro-batch's recompute reads them: of
+    all micro-batches, on the rank that has most."""
+    found: Counter[int] = Counter()
+    for stage, (first, end) in enumerate(itertools.pairwise(placement.boundaries)):
+        if placement.recompute[stage]:
+            found[placement.stage_ranks[stage]] += sum(
+                layer.memory.changed_buffer_bytes
+                for layer in profile.layers[first:end]
+                if layer.memory
+            )
+    return placement.num_micro_batches * max(found.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +138,7 @@ def _context(
 ) -> _Context:
     firsts, ends = placement.boundaries[:-1], placement.boundaries[1:]
     codes = [graph.stage_code(first, end - 1) for first, end in zip(firsts, ends, strict=True)]
-    units = make_units(graph, placement, codes)
+    units = make_units(graph, placement, options, codes)
     units_of = units_by_stage(units, placement.num_stages)
     routes = make_routes(graph, placement)
     maker = StageMaker(graph, profile, cluster, placement, routes)

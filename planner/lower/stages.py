@@ -1,14 +1,15 @@
 """Stages of the plan: code, boundary tensors, and predicted cost of one micro-batch."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from planner.cluster.types import Cluster
 from planner.cost import layer_seconds
 from planner.graph import LayerGraph, StageCode
 from planner.lower.routes import Route
+from planner.lower.stage_memory import stage_memory
 from planner.plan.types import StagePlan, Unit
-from planner.profile import LayerProfile, Profile
+from planner.profile import Profile
 from planner.solve.types import Placement
 
 __all__ = ["StageMaker", "count_messages"]
@@ -28,6 +29,7 @@ class StageMaker:
         self._graph, self._profile, self._cluster = graph, profile, cluster
         self._placement = placement
         self._specs = graph.tensor_specs
+        self._parameters = graph.parameter_specs
         self._trainable = {p.name for p in graph.parameters if p.trainable}
         self._messages = count_messages(routes, placement.num_stages)
 
@@ -41,13 +43,16 @@ class StageMaker:
         layers = self._profile.layers[first:last]
         rank, recompute = placement.stage_ranks[index], placement.recompute[index]
         forward, backward, backward_weight = self._seconds(index)
+        nodes = self._graph.layers[first:last]
         names = {name for layer in layers for name in layer.saved_tensors}
-        saved_bytes = self._saved_bytes(layers, code.inputs + code.outputs + code.batch_keys)
-        saving_bytes = self._saving_transient(layers, saved_bytes)
+        names -= set(code.mutated_inputs)  # backward reads the stage's own copies of them
+        memory = stage_memory(
+            nodes, layers, code, self._specs, self._parameters, recompute=recompute
+        )
         return StagePlan(
             index=index,
             rank=rank,
-            layers=tuple(layer.name for layer in self._graph.layers[first:last]),
+            layers=tuple(node.name for node in nodes),
             recompute=recompute,
             code=code.code,
             inputs=code.inputs,
@@ -63,14 +68,12 @@ class StageMaker:
             forward_seconds=forward,
             backward_seconds=backward,
             backward_weight_seconds=backward_weight,
-            saved_bytes=saved_bytes,
+            saved_bytes=memory.saved_bytes,
             forward_transient_bytes=(
-                max(layer.forward_transient_bytes for layer in layers)
-                if recompute
-                else saving_bytes
+                memory.unsaved_transient_bytes if recompute else memory.saving_transient_bytes
             ),
-            recompute_transient_bytes=saving_bytes if recompute else 0,
-            backward_transient_bytes=max(layer.backward_transient_bytes for layer in layers),
+            recompute_transient_bytes=memory.saving_transient_bytes if recompute else 0,
+            backward_transient_bytes=memory.backward_transient_bytes,
         )
 
     def _seconds(self, index: int) -> tuple[float, float, float]:
@@ -102,29 +105,6 @@ class StageMaker:
             math.fsum(backward for _, backward in seconds) + messages[1],
             math.fsum(backward_weight),
         )
-
-    def _saved_bytes(self, layers: Sequence[LayerProfile], boundary: tuple[str, ...]) -> int:
-        """Bytes that one micro-batch keeps inside the stage, tensors between its layers once."""
-        specs = self._specs
-        inner = {name for layer in layers for name in layer.saved_tensors} - set(boundary)
-        return sum(layer.saved_bytes for layer in layers) + sum(
-            specs[name].num_bytes for name in inner if name in specs
-        )
-
-    def _saving_transient(self, layers: Sequence[LayerProfile], saved_bytes: int) -> int:
-        """Peak of a forward that saves, above all that it saves.
-
-        A layer's peak stands on what the earlier layers have kept.
-        """
-        specs = self._specs
-        peak = before = 0
-        seen: set[str] = set()
-        for layer in layers:
-            peak = max(peak, before + layer.forward_transient_bytes)
-            fresh = set(layer.saved_tensors) - seen
-            seen |= fresh
-            before += layer.saved_bytes + sum(specs[n].num_bytes for n in fresh if n in specs)
-        return max(0, peak - saved_bytes)
 
 
 def count_messages(routes: Iterable[Route], num_stages: int) -> list[list[int]]:

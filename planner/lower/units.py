@@ -5,11 +5,14 @@ that several stages use are tied; those shared by the same stages form a unit of
 by every rank that uses it, so that its gradients can be added across ranks element by element.
 """
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from planner.graph import LayerGraph, ParameterSpec, StageCode
-from planner.plan.types import Unit
+from planner.graph import DTYPE_BYTES, LayerGraph, ParameterSpec, StageCode
+from planner.plan.flat import flat_length
+from planner.plan.types import PlanOptions, Unit
 from planner.schedules import Schedule
 from planner.solve.types import Placement
 
@@ -17,7 +20,7 @@ __all__ = ["make_units", "units_by_stage"]
 
 
 def make_units(
-    graph: LayerGraph, placement: Placement, codes: Sequence[StageCode]
+    graph: LayerGraph, placement: Placement, options: PlanOptions, codes: Sequence[StageCode]
 ) -> tuple[Unit, ...]:
     """The units of all stages (`codes`), own ones in stage order, then tied ones."""
     users: dict[str, list[int]] = {}
@@ -35,9 +38,9 @@ def make_units(
     for (stages, dtype), group in sorted(own.items()):
         alone = num_dtypes[stages] == 1
         name = f"stage.{stages[0]}" if alone else f"stage.{stages[0]}.{dtype}"
-        units.append(_unit(name, dtype, group, stages, placement))
+        units.append(_unit(name, dtype, group, stages, placement, options))
     for index, ((stages, dtype), group) in enumerate(sorted(tied.items())):
-        units.append(_unit(f"tied.{index}", dtype, group, stages, placement))
+        units.append(_unit(f"tied.{index}", dtype, group, stages, placement, options))
     return tuple(units)
 
 
@@ -56,13 +59,19 @@ def _unit(
     group: list[ParameterSpec],
     stages: tuple[int, ...],
     placement: Placement,
+    options: PlanOptions,
 ) -> Unit:
     ranks = tuple(sorted({placement.stage_ranks[stage] for stage in stages}))
     return Unit(
         name=name,
         dtype=dtype,
         parameters=tuple(spec.name for spec in group),
-        num_elements=sum(spec.num_elements for spec in group),
+        num_elements=flat_length(
+            [spec.num_elements for spec in group],
+            DTYPE_BYTES[dtype],
+            is_packed=placement.partition == 3,
+        ),
+        update_transient_bytes=_update_bytes(group, placement, options),
         stages=stages,
         ranks=ranks,
         trainable=any(spec.trainable for spec in group),
@@ -74,3 +83,21 @@ def _unit(
             and placement.schedule is not Schedule.CUSTOM
         ),
     )
+
+
+def _update_bytes(
+    group: Sequence[ParameterSpec], placement: Placement, options: PlanOptions
+) -> int:
+    """Peak of what the optimizer makes while it updates one replica's part of the parameters.
+
+    Of a partitioned parameter a replica holds a piece: no larger than it, nor than the part.
+    """
+    sizes = [spec.num_bytes for spec in group if spec.trainable]
+    replicas = placement.num_replicas if placement.partition == 3 else 1
+    part = -(-sum(spec.num_bytes for spec in group) // replicas)
+    turns = 0.0
+    for previous, size in itertools.pairwise((0, *sizes)):
+        here = min(size, part)
+        turn = options.update_slots_of_each * here
+        turns = max(turns, turn + options.update_slots_of_previous * min(previous, part - here))
+    return math.ceil(turns + options.update_slots_of_all * min(sum(sizes), part))

@@ -1,4 +1,4 @@
-"""Load a model file, by path or as a module, and say in a few lines why it does not load."""
+"""Load a model file by path, as a module or as a configuration, and say why it does not load."""
 
 import difflib
 import hashlib
@@ -9,19 +9,31 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from planner.errors import ModelFileError
+from planner.errors import ModelFileError, UsageError
+from planner.model_file.configuration import is_configuration, load_configuration
 from planner.model_file.contract import ModelFile, check_contract
 from planner.model_file.user_code import raised_at
 
 __all__ = ["load_model_file"]
 
 
-def load_model_file(path_or_module: str) -> ModelFile:
-    """Load `model.py` (a path) or `package.module` (an importable name).
+def load_model_file(path_or_module: str, *, sequence_length: int | None = None) -> ModelFile:
+    """Load `model.py` (a path), `package.module` (an importable name) or `config.json`.
+
+    `sequence_length`, in tokens, is for the last of them: a transformers configuration.
 
     Raises:
         ModelFileError: no such file or module, it does not run, or it breaks the contract.
+        UsageError: a sequence length for a model file in Python, or one beyond the model's.
     """
+    if is_configuration(path_or_module):
+        return load_configuration(path_or_module, sequence_length)
+    if sequence_length is not None:
+        raise UsageError(
+            f"--sequence-length is {sequence_length}, but {path_or_module} is no transformers "
+            "configuration (config.json)",
+            hint="leave it out: example_batch in the model file says how long a sample is",
+        )
     if path_or_module.endswith(".py") or Path(path_or_module).exists() or "/" in path_or_module:
         module, name = _load_path(path_or_module), Path(path_or_module).stem
     else:

@@ -4,8 +4,9 @@ An error in a model file is the user's to correct: the line matters, the frames 
 this program do not.
 """
 
+import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ from torch import nn
 
 from planner.errors import ModelFileError
 
-__all__ = ["build_on_meta", "raised_at"]
+__all__ = ["build_on_meta", "raised_at", "recorded_at"]
 
 _PACKAGE = Path(__file__).parent.parent
 _NOT_THE_USERS = ("<", *(f"{path}/" for path in (
     Path(torch.__file__).parent, _PACKAGE, _PACKAGE.parent / "runtime"
 )))  # fmt: skip
+_FRAME = re.compile(r'File "([^"\n]*)", line ([0-9]+), in (\S+)(?:\n    (.*))?')
 _MAX_FRAMES = 3
 
 
@@ -27,14 +29,23 @@ def raised_at(error: BaseException) -> str:
 
     A line for each of at most three frames, the innermost last, each after a line break.
     """
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(_NOT_THE_USERS)
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    return _lines((f.filename, f.lineno or 0, f.name, f.line or "") for f in frames)
+
+
+def recorded_at(text: str) -> str:
+    """The same from a stack that torch wrote down (`fx.Node.stack_trace`)."""
+    return _lines(
+        (name, int(line), function, code) for name, line, function, code in _FRAME.findall(text)
+    )
+
+
+def _lines(frames: Iterable[tuple[str, int, str, str]]) -> str:
+    """Of (file, line, function, code)."""
+    users = [frame for frame in frames if not frame[0].startswith(_NOT_THE_USERS)]
     return "".join(
-        f"\n  {frame.filename}, line {frame.lineno}, in {frame.name}: {frame.line}"
-        for frame in frames[-_MAX_FRAMES:]
+        f"\n  {name}, line {line}, in {function}: {code}"
+        for name, line, function, code in users[-_MAX_FRAMES:]
     )
 
 

@@ -175,7 +175,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, StrEnum):
         return value.value
     if isinstance(value, dict):
-        return Section((key, _plain(item)) for key, item in value.items())
+        return Section((_plain(key), _plain(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

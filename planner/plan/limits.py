@@ -39,6 +39,8 @@ def limit_problems(plan: Plan) -> Iterator[str]:
 
 
 def _count_problems(plan: Plan) -> Iterator[str]:
+    if plan.module_buffer_bytes > _MAX_BYTES:
+        yield f"the model's buffers are larger than {_MAX_BYTES} bytes"
     counts = {
         "devices": plan.cluster.num_devices,
         "micro-batches": plan.num_micro_batches,
@@ -62,7 +64,10 @@ def _size_problems(plan: Plan) -> Iterator[str]:
         elif math.prod(spec.shape) * DTYPE_BYTES.get(spec.dtype, 1) > _MAX_BYTES:
             yield f"{spec.name} is larger than {_MAX_BYTES} bytes"
     for unit in plan.units:
-        if unit.num_elements * DTYPE_BYTES.get(unit.dtype, 1) > _MAX_BYTES:
+        largest = max(
+            unit.num_elements * DTYPE_BYTES.get(unit.dtype, 1), unit.update_transient_bytes
+        )
+        if largest > _MAX_BYTES:
             yield f"unit {unit.name} is larger than {_MAX_BYTES} bytes"
     for stage in plan.stages:
         for place, number in _numbers(f"stage {stage.index}", asdict(replace(stage, code=()))):
@@ -82,7 +87,7 @@ def _bounds(place: str) -> tuple[float, float]:
         return (1, _MAX_BYTES)
     if name == "bubble":
         return (-_LEAST_DIVISOR, 1)
-    return (0, _MAX_SLOTS if name == "optimizer_slots" else _MAX_FLOAT)
+    return (0, _MAX_SLOTS if "slots" in name else _MAX_FLOAT)
 
 
 def _numbers(place: str, value: object) -> Iterator[tuple[str, float]]:

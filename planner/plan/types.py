@@ -42,7 +42,7 @@ __all__ = [
     "Unit",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Opcode(StrEnum):
@@ -79,8 +79,8 @@ class Opcode(StrEnum):
     """compute. need what FORWARD needs
         saved = stage(inputs, batch; weights), with the random keys of the FORWARD"""
     BACKWARD = "BACKWARD"
-    """compute. need saved, the stage's kept tensors (no recompute), weights, and the gradient of
-    each output and input that later stages have added to
+    """compute. need saved, the stage's kept tensors (of outputs, RECOMPUTE has made its own),
+    weights, and the gradient of each output and input that later stages have added to
         gradients of inputs = backward(saved, gradients of outputs) + what later stages added
         sum:<pool>.<i> of each trainable unit += its gradient; where it is not read, = its gradient
     For an exact unit: its part joins part:<unit>.<m> of later stages and is written to it, or at
@@ -157,7 +157,7 @@ class Unit:
     parameters: tuple[str, ...]
     """In flat order."""
     num_elements: int
-    """Unpadded length of the flat vector."""
+    """Length of the flat vector (`planner.plan.flat`), without what makes replicas' parts equal."""
     stages: tuple[int, ...]
     """Stages that use it, ascending."""
     ranks: tuple[int, ...]
@@ -167,6 +167,8 @@ class Unit:
     exact: bool = False
     """Tied between stages of one rank: gradients are kept per micro-batch and added in the
     order in which plain accumulation adds them, so that the sum is bitwise equal."""
+    update_transient_bytes: int = 0
+    """Peak of UPDATE above weights, gradient and moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +216,13 @@ class PlanOptions:
     """Of parameter initialisation, dropout keys and data order."""
     optimizer_slots: int = 2
     """Tensors per parameter that the optimizer keeps (AdamW: 2), for memory."""
+    update_slots_of_each: float = 0.0
+    """What the optimizer makes while it updates: tensors as large as the parameter that has its
+    turn (AdamW: 2)."""
+    update_slots_of_previous: float = 0.0
+    """As large as the parameter that had its turn before (AdamW: 1)."""
+    update_slots_of_all: float = 0.0
+    """As large as all parameters of the unit together (AdamW with `foreach`: 1)."""
     check_finite: bool = False
     """Update nothing in a step with a gradient that is not finite."""
     clip_norm: float | None = None
@@ -269,6 +278,8 @@ class Plan:
     """The same for a forward pass without backward; empty in a plan that is one itself."""
     buffers: tuple[tuple[Buffer, ...], ...]
     """Per pipeline rank: every buffer that its programs name."""
+    module_buffer_bytes: int = 0
+    """Of the model's own buffers (running statistics, tables), which every rank holds all of."""
 
     @property
     def backend(self) -> str:

@@ -59,6 +59,8 @@ def _count_problems(plan: Plan) -> Iterator[str]:
             yield f"{name} is {getattr(plan, name)}, less than 1"
     if plan.partition not in ((0, 3) if plan.num_replicas > 1 else (0,)):
         yield f"partition is {plan.partition} with {plan.num_replicas} replicas"
+    if plan.module_buffer_bytes < 0:
+        yield "the model's buffers have a negative size"
     if len(plan.programs) != plan.num_pipeline_ranks:
         yield f"{len(plan.programs)} programs for {plan.num_pipeline_ranks} pipeline ranks"
     if plan.evaluation and len(plan.evaluation) != plan.num_pipeline_ranks:
@@ -158,7 +160,9 @@ def _table_problems(plan: Plan) -> Iterator[str]:
             yield f"{what} has a backward of weights that takes longer than its backward"
     for unit in plan.units:
         what = f"unit {unit.name}"
-        if unit.num_elements < 0 or not unit.stages or not unit.ranks:
+        if min(unit.num_elements, unit.update_transient_bytes) < 0 or not (
+            unit.stages and unit.ranks
+        ):
             yield f"{what} has no stage, no rank or a negative size"
         for listed in (unit.parameters, unit.stages, unit.ranks):
             if len(set(listed)) < len(listed):

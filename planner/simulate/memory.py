@@ -10,7 +10,7 @@ This module knows sizes and lifetimes. It does not know time, nor what an alloca
 what is asked of it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from planner.plan.dependencies import PartialOrder, partial_order
 from planner.plan.names import buffer_key, kind_of
-from planner.plan.types import Instruction, Opcode, Plan
+from planner.plan.types import Instruction, Opcode, Plan, StagePlan
 from planner.schedules import Schedule
 from planner.simulate.types import MemoryByClass
 
@@ -83,7 +83,10 @@ def worst_moments(plan: Plan, order: PartialOrder | None = None) -> tuple[Moment
 
 
 def resident_memory(plan: Plan, rank: int) -> MemoryByClass:
-    """What a rank holds through the whole step: state, unless offloaded, and pools of buffers."""
+    """What a rank holds through the whole step: state, unless offloaded, and pools of buffers.
+
+    Buffers of modules count with the weights.
+    """
     found = asdict(MemoryByClass())
     updated = {i.unit for i in plan.programs[rank] if i.opcode is Opcode.UPDATE}
     kinds = _resident_kinds(plan)
@@ -95,6 +98,7 @@ def resident_memory(plan: Plan, rank: int) -> MemoryByClass:
             continue
         in_place = kind == "weights" and not plan.gathers
         found["weights" if in_place else _CLASSES[kind]] += buffer.num_bytes
+    found["weights"] += plan.module_buffer_bytes
     return MemoryByClass(**found)
 
 
@@ -119,15 +123,24 @@ def host_memory(plan: Plan) -> tuple[int, ...]:
     return tuple(found)
 
 
-def transient_bytes(plan: Plan, instruction: Instruction) -> int:
-    """What a compute instruction takes and gives back while it runs, its outputs included."""
+def transient_bytes(plan: Plan, rank: int) -> list[int]:
+    """What each instruction takes and gives back while it runs, outputs included."""
+    of_units = {unit.name: unit.update_transient_bytes for unit in plan.units}
+    return [_transient(plan.stages, of_units, i) for i in plan.programs[rank]]
+
+
+def _transient(
+    stages: Sequence[StagePlan], of_units: Mapping[str, int], instruction: Instruction
+) -> int:
     match instruction.opcode:
         case Opcode.FORWARD:
-            return plan.stages[instruction.stage or 0].forward_transient_bytes
+            return stages[instruction.stage or 0].forward_transient_bytes
         case Opcode.RECOMPUTE:
-            return plan.stages[instruction.stage or 0].recompute_transient_bytes
+            return stages[instruction.stage or 0].recompute_transient_bytes
         case Opcode.BACKWARD | Opcode.BACKWARD_INPUT | Opcode.BACKWARD_WEIGHT:
-            return plan.stages[instruction.stage or 0].backward_transient_bytes
+            return stages[instruction.stage or 0].backward_transient_bytes
+        case Opcode.UPDATE:
+            return of_units[instruction.unit or ""]
     return 0
 
 
@@ -184,7 +197,7 @@ def _worst_moment(plan: Plan, rank: int, ends: Sequence[int]) -> Moment:
     made = np.zeros(size, dtype=np.int64)
     others = np.array([not name.startswith("saved:") for name in lives.names], dtype=bool)
     np.add.at(made, begins[others], num_bytes[others])
-    transient = np.array([transient_bytes(plan, i) for i in program] + [0], dtype=np.int64)
+    transient = np.array([*transient_bytes(plan, rank), 0], dtype=np.int64)
     held["transient"] = np.maximum(0, transient - made)
     worst = int(np.argmax(sum(held.values())))
     memory = MemoryByClass(**{name: int(values[worst]) for name, values in held.items()})

@@ -96,8 +96,8 @@ def _spans(
     for name, index, num_bytes in zip(lives.names, lives.begins, lives.num_bytes, strict=True):
         # What a stage makes for others is part of its transient peak; what it saves is not.
         made[index] = made.get(index, 0) + (0 if name.startswith("saved:") else num_bytes)
-    for index, instruction in enumerate(plan.programs[rank]):
-        transient = transient_bytes(plan, instruction) - made.get(index, 0)
+    for index, taken in enumerate(transient_bytes(plan, rank)):
+        transient = taken - made.get(index, 0)
         if transient > 0:
             spans.classes.append("transient")
             spans.begins.append(starts[index])

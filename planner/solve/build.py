@@ -21,7 +21,7 @@ from planner.solve.memory import (
 )
 from planner.solve.mesh import Mesh, make_mesh
 from planner.solve.problem import Problem
-from planner.solve.traffic import affine, collectives, ring_traffic
+from planner.solve.traffic import RingTraffic, affine, collectives, ring_traffic
 
 __all__ = ["Builder"]
 
@@ -52,6 +52,8 @@ class Builder:
     figures: dict[tuple[int, tuple[int, ...]], Figures] = field(default_factory=dict)
     """By micro-batch size and identity of the kinds of device."""
     meshes: dict[tuple[int, int], Mesh] = field(default_factory=dict)
+    rings: dict[tuple[int, int, int, int], RingTraffic] = field(default_factory=dict)
+    """By micro-batch size, mesh and number of stages."""
 
     def mesh_of(self, choice: Choice) -> Mesh:
         key = (choice.num_replicas, choice.num_pipeline_ranks)
@@ -68,11 +70,19 @@ class Builder:
             )
         return self.figures[key]
 
+    def _ring_of(self, choice: Choice) -> RingTraffic:
+        mesh = (choice.num_replicas, choice.num_pipeline_ranks)
+        key = (choice.micro_batch_size, *mesh, choice.num_stages)
+        if key not in self.rings:
+            figures = self.figures_of(choice)
+            self.rings[key] = ring_traffic(figures, choice, self.mesh_of(choice))
+        return self.rings[key]
+
     def instance(self, choice: Choice) -> Instance:
         """The split problem that a choice leaves."""
         figures, mesh = self.figures_of(choice), self.mesh_of(choice)
         forward, backward = figures.forward_seconds, figures.backward_seconds
-        traffic, ring = collectives(figures, choice, mesh), ring_traffic(figures, choice, mesh)
+        traffic, ring = collectives(figures, choice, mesh), self._ring_of(choice)
         horizon = 2 * choice.num_micro_batches * (2 * sum(forward) + sum(backward))
         tick = max(horizon + sum(traffic.gather) + sum(traffic.reduce), 1e-12) / HORIZON_TICKS
 

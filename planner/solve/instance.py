@@ -6,7 +6,7 @@ This module knows the tables and how they are read. It does not know where the f
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planner.solve.choices import Choice
 from planner.solve.memory import num_buffers
@@ -77,17 +77,16 @@ class Instance:
     """Per pipeline rank: whatever the cuts do not change."""
     limit_units: tuple[int, ...]
     """Per pipeline rank."""
+    turn: tuple[int, ...] = field(init=False)
+    """Prefix sum: ticks of one micro-batch's backward, recompute included."""
+    time: tuple[int, ...] = field(init=False)
+    """Prefix sum: ticks of one micro-batch in both directions, recompute included."""
 
-    @property
-    def time(self) -> tuple[int, ...]:
-        """Prefix sum: ticks of one micro-batch in both directions, recompute included."""
-        return tuple(f + b for f, b in zip(self.forward, self.turn, strict=True))
-
-    @property
-    def turn(self) -> tuple[int, ...]:
-        """Prefix sum: ticks of one micro-batch's backward, recompute included."""
-        pairs = zip(self.rebuild, self.backward, strict=True)
-        return tuple(rebuild + backward for rebuild, backward in pairs)
+    def __post_init__(self) -> None:
+        # Made once: the local search asks for them with every split it tries.
+        turn = tuple(map(sum, zip(self.rebuild, self.backward, strict=True)))
+        object.__setattr__(self, "turn", turn)
+        object.__setattr__(self, "time", tuple(map(sum, zip(self.forward, turn, strict=True))))
 
     @property
     def rebuild(self) -> tuple[int, ...]:

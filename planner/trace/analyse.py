@@ -12,17 +12,23 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.errors import LgaError
+from planner.errors import LgaError, TraceError
 from planner.graph import TensorSpec
+from planner.model_file import raised_at
 from planner.operators import is_random_operator
 from planner.plan.code import Statement, references
 from planner.trace.interpret import Context, execute
-from planner.trace.refusals import check_loss, statement_error
+from planner.trace.refusals import check_loss, seeds_generator, statement_error
 from planner.trace.watched_batch import WatchedBatch
 
 __all__ = ["Analysis", "Facts", "analyse", "describe"]
+
+
+_FIRST_SEED = 1 << 40
+"""Of torch's generator in the trace: user code seeds it with none like this by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,7 @@ class _Observer(TorchDispatchMode):
 
     def start(self, *, write: bool) -> None:
         self.num_random_operators = 0
+        torch.default_generator.manual_seed(_FIRST_SEED)
         self.lines = [] if write else None
         self.seen.clear()
         self.alive.clear()
@@ -74,12 +81,22 @@ class _Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.num_random_operators += is_random_operator(func, args, kwargs)
+        if is_random_operator(func, args, kwargs):
+            self.num_random_operators += 1
+            # As in a run, where the seed is the next operator's ordinal.
+            seed = torch.default_generator.initial_seed()
+            torch.default_generator.manual_seed(seed + 1)
         result = func(*args, **kwargs)
         if self.lines is not None:
             words = (self._word(args), self._word(tuple(kwargs.items())), self._word(result))
             self.lines.append(f"{func} {words}")
         return result
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether the generator is where drawing alone has brought it since `start`."""
+        seed = torch.default_generator.initial_seed()
+        return seed == _FIRST_SEED + self.num_random_operators
 
     def _word(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
@@ -137,6 +154,8 @@ def analyse(statements: Sequence[Statement], context: Context) -> Analysis:
             values[statement.target] = drafts[-1].value
     check_loss(values["loss"], context.model)
     nodes, trained = _reached(values["loss"])
+    if any(isinstance(node, BackwardCFunction) for node in nodes):
+        trained |= _reached_inside(values["loss"], context.model)
     facts = tuple(
         _facts(statement, draft, nodes) for statement, draft in zip(statements, drafts, strict=True)
     )
@@ -161,6 +180,8 @@ def _run(
     buffer_versions = [buffer._version for buffer in buffers]
     observer.start(write=statement.function in ("layer", "loss"))
     value = execute(statement, values, context)
+    if not observer.only_draws:
+        raise seeds_generator(f"layer {statement.path!r}" if statement.path else "loss_fn")
     unread: list[str] = []
     if statement.function == "layer":
         touched = observer.storages | _storages(value)
@@ -203,6 +224,23 @@ def _reached(loss: torch.Tensor) -> tuple[set[Any], frozenset[int]]:
             trained.add(id(variable))
         waiting.extend(following for following, _ in node.next_functions)
     return nodes, frozenset(trained)
+
+
+def _reached_inside(loss: torch.Tensor, model: nn.Module) -> frozenset[int]:
+    """Parameters that backward finds a gradient for; autograd functions may use some by themselves.
+
+    So does torch.utils.checkpoint where it re-enters autograd.
+    """
+    try:
+        loss.backward()
+        return frozenset(id(p) for p in model.parameters() if p.grad is not None)
+    except Exception as error:
+        raise TraceError(
+            f"backward of the model failed: {type(error).__name__}: {error}{raised_at(error)}",
+            hint="run loss_fn(build_model()(...), batch).backward() in plain PyTorch first",
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def _facts(statement: Statement, draft: _Draft, nodes: set[Any]) -> Facts:

@@ -8,39 +8,84 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from planner.errors import ModelFileError, TraceError
 from planner.model_file import ModelFile, raised_at
+from planner.trace.constants import RealConstants
 
 __all__ = ["fake_batch", "fake_copy", "fake_like", "fake_run"]
 
 
-class _FakeKernels(TorchDispatchMode):
+_RESIZED_LOSSES = frozenset({
+    torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default,
+    torch.ops.aten.binary_cross_entropy.default, torch.ops.aten.soft_margin_loss.default,
+})  # fmt: skip
+
+
+_FEW_STEPS, _MORE_STEPS = 64, 128
+"""Lengths of sequences from which that of a recurrent layer's workspace is known for longer ones.
+"""
+_Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+@cache
+def _workspace_bytes(shapes: tuple[_Shape, ...], *settings: Any) -> int:
+    """What oneDNN's recurrent layer hands to its backward. Only the library knows how much, so it
+    runs: on zeros, of few steps, as every further step takes as much as the one before it."""
+    (num_steps, *rest), dtype = shapes[0]
+    if num_steps > _MORE_STEPS:
+        few, more = (
+            _workspace_bytes((((steps, *rest), dtype), *shapes[1:]), *settings)
+            for steps in (_FEW_STEPS, _MORE_STEPS)
+        )
+        return more + (more - few) * (num_steps - _MORE_STEPS) // (_MORE_STEPS - _FEW_STEPS)
+    with unset_fake_temporarily():
+        given = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
+        found = torch.ops.aten.mkldnn_rnn_layer.default(*given, *settings)
+    return int(found[3].nbytes)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _FakeKernels(RealConstants):
     """Fake kernels for operators whose own reject what their real CPU kernels accept."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             # torch's fake kernel takes bfloat16 alone; the CPU kernel takes any float.
             halves = [matrix.to(torch.bfloat16) for matrix in args[:2]]
             sizes = func(*halves, *args[2:], **kwargs).size()
             return args[0].new_empty(sizes)
-        return func(*args, **kwargs)
+        result = super().run_fake(func, args, kwargs)
+        if func is torch.ops.aten.mkldnn_rnn_layer.default and args[-1]:
+            shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in args[:7])
+            num_bytes = _workspace_bytes(shapes, *map(_hashable, args[7:]))
+            return *result[:3], result[3].new_empty(num_bytes)
+        if func in _RESIZED_LOSSES and not result.dim():
+            # The CPU kernel shrinks a tensor of the inputs' size, whose memory stays.
+            whole = torch.broadcast_shapes(args[0].shape, args[1].shape)
+            return args[0].new_empty(whole, dtype=result.dtype).resize_(())
+        return result
 
 
 @contextmanager
 def fake_run(mode: FakeTensorMode) -> Iterator[None]:
-    """Run on fake tensors; torch's own log of a failing fake kernel is kept quiet."""
+    """Run on fake tensors; torch's generator is as before after it, whatever user code does to it.
+
+    Torch's own log of a failing fake kernel is kept quiet.
+    """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:
-        with mode, _FakeKernels():  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=[]), mode, _FakeKernels():
             yield
     finally:
         logger.disabled = was_disabled

@@ -45,20 +45,28 @@ def build_layer_graph(
         if line.layer != PROLOGUE:
             grouped[line.layer].append(line)
     crossing = _crossing(lines, makers)
-    builder = LayerBuilder(model=model, makers=makers, crossing=crossing, parameters=parameters)
+    prologue = tuple(line.statement for line in lines if line.layer == PROLOGUE)
+    builder = LayerBuilder(
+        model=model,
+        makers=makers,
+        prologue=prologue,
+        crossing=frozenset(crossing),
+        parameters=parameters,
+    )
     return LayerGraph(
         model_name=model_name,
         fingerprint=fingerprint,
         micro_batch_size=micro_batch_size,
         batch=tuple(_batch_spec(key, value) for key, value in batch.items()),
         loss_keys=analysis.loss_keys,
-        prologue=tuple(line.statement for line in lines if line.layer == PROLOGUE),
+        prologue=prologue,
         layers=tuple(
             builder.build(name, group) for name, group in zip(names, grouped, strict=True)
         ),
         tensors=tuple(boundary_spec(makers[name]) for name in crossing),
         parameters=tuple(parameters.values()),
         num_random_operators=sum(facts.num_random_operators for facts in analysis.facts),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
     )
 
 

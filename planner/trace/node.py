@@ -4,7 +4,7 @@ It knows one layer at a time. It does not know how lines were given to layers.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +59,8 @@ def boundary_spec(line: Line) -> TensorSpec:
 class LayerBuilder:
     model: nn.Module
     makers: Mapping[str, Line]
-    crossing: Sequence[str]
+    prologue: Sequence[Statement]
+    crossing: Set[str]
     parameters: Mapping[int, ParameterSpec]
 
     def build(self, name: str, lines: Sequence[Line]) -> LayerNode:
@@ -69,8 +70,7 @@ class LayerBuilder:
         inputs = tuple(
             name for name in read if name not in made and self.makers[name].layer != PROLOGUE
         )
-        crossing = set(self.crossing)
-        outputs = [n for n in (s.target for s in code) if n in crossing or n == "loss"]
+        outputs = [n for n in (s.target for s in code) if n in self.crossing or n == "loss"]
         used = [parameter for line in lines for parameter in self._parameters_of(line)]
         specs = list(dict.fromkeys(self.parameters[id(parameter)] for parameter in used))
         return LayerNode(
@@ -96,10 +96,10 @@ class LayerBuilder:
         """Prologue statements that the code needs, in order."""
         needed = {name for statement in code for name in references(statement)}
         found = []
-        for line in reversed(list(self.makers.values())):
-            if line.layer == PROLOGUE and line.statement.target in needed:
-                found.append(line.statement)
-                needed.update(references(line.statement))
+        for statement in reversed(self.prologue):
+            if statement.target in needed:
+                found.append(statement)
+                needed.update(references(statement))
         return found[::-1]
 
     def _buffer_bytes(self, code: Sequence[Statement]) -> int:

@@ -3,7 +3,7 @@
 It does not know how a model is recorded or run.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,14 @@ from planner.plan.code import Statement
 
 __all__ = [
     "NO_VALUES",
+    "PLAIN_VALUES",
     "check_loss",
+    "check_output",
     "reads_values",
     "refuse_changing_buffer",
     "refuse_in_glue",
+    "refuse_kept_state",
+    "seeds_generator",
     "statement_error",
 ]
 
@@ -31,6 +35,7 @@ NO_VALUES = (
     "code that reads tensor values (.item(), `if tensor:`, boolean indexing) cannot be "
     "planned; use torch.where, or compute the value when the batch is made"
 )
+PLAIN_VALUES = "tensors, numbers, strings, and lists, tuples and dicts of them"
 
 
 def statement_error(statement: Statement, error: BaseException) -> LgaError:
@@ -41,6 +46,28 @@ def statement_error(statement: Statement, error: BaseException) -> LgaError:
         return TraceError(f"running the traced model failed: {reason}", hint=hint)
     hint = NO_VALUES if reads_values(error) else "correct loss_fn(output, batch)"
     return ModelFileError(f"loss_fn raised {reason}", hint=hint)
+
+
+def check_output(leaves: Sequence[Any], model: nn.Module) -> None:
+    """Refuse an output without tensors, or with objects that a plan cannot hold among its leaves.
+
+    Raises:
+        TraceError: names the model's class and the object's.
+    """
+    plain = (torch.Tensor, bool, int, float, str, type(None))
+    for leaf in leaves:
+        if not isinstance(leaf, plain):
+            raise TraceError(
+                f"forward of {type(model).__name__} returns an object of type "
+                f"{type(leaf).__name__}, which a plan cannot hold",
+                hint=f"return {PLAIN_VALUES}",
+            )
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        found = ", ".join(repr(leaf) for leaf in leaves[:3]) or "nothing"
+        raise TraceError(
+            f"forward of {type(model).__name__} returns {found:.60}, and no tensor",
+            hint="return the tensors that loss_fn needs",
+        )
 
 
 def check_loss(loss: Any, model: nn.Module) -> None:
@@ -79,7 +106,7 @@ def reads_values(error: BaseException) -> bool:
 
 @contextmanager
 def refuse_in_glue(in_layer: Callable[[], bool]) -> Iterator[None]:
-    """Refuse what changes gradients and leaves no trace among the operators between layers.
+    """Refuse what changes gradients, or what is drawn, and leaves no trace between layers.
 
     Inside a layer it is the user's own business: layers run as they are. Autograd functions are
     watched by their `forward`, because `apply` may have been bound long before.
@@ -105,11 +132,63 @@ def refuse_in_glue(in_layer: Callable[[], bool]) -> Iterator[None]:
         setattr(cls, "forward", staticmethod(watched(cls, cls.forward)))  # noqa: B010
     setattr(torch.Tensor, "register_hook", register_hook)  # noqa: B010
     try:
-        yield
+        with _refuse_seeding(in_layer):
+            yield
     finally:
         for cls, forward in plain_forwards.items():
             setattr(cls, "forward", forward)  # noqa: B010
         setattr(torch.Tensor, "register_hook", plain_hook)  # noqa: B010
+
+
+@contextmanager
+def _refuse_seeding(in_layer: Callable[[], bool]) -> Iterator[None]:
+    """Refuse to seed or restore torch's generator between layers: a plan has only operators there.
+
+    Inside layers it is noticed by what it does to the generator (`seeds_generator`).
+    """
+    names = ("manual_seed", "seed", "set_rng_state")
+    plain: dict[str, Callable[..., Any]] = {name: getattr(torch, name) for name in names}
+
+    def watched(name: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not in_layer():
+                raise seeds_generator("the model")
+            return plain[name](*args, **kwargs)
+
+        return run
+
+    for name in names:
+        setattr(torch, name, watched(name))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, plain[name])
+
+
+def seeds_generator(what: str) -> TraceError:
+    """What a forward does that leaves torch's generator otherwise than drawing does."""
+    return TraceError(
+        f"{what} sets the state of torch's default generator (manual_seed, fork_rng) in its "
+        "forward, so what later layers draw would depend on where the plan cuts",
+        hint="leave it out: every random operator of a run has a key of its own, made of the "
+        "run's seed, the step and the micro-batch; fixed numbers are a buffer",
+    )
+
+
+def refuse_kept_state(attributes: Iterable[str]) -> None:
+    """Refuse a tensor that a forward changes and keeps in an attribute, outside layers.
+
+    Raises:
+        TraceError: names the attribute.
+    """
+    for name in attributes:
+        raise TraceError(
+            f"the model keeps {name!r}, a tensor that its forward makes and changes in place, "
+            "between its layers, where the next forward would go on from it",
+            hint="keep state in a layer, as a buffer; a table is kept as it is made, or made in "
+            "one expression",
+        )
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:

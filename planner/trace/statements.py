@@ -6,6 +6,7 @@ implicit become explicit: an in-place change becomes an edge (later readers of a
 statement language and torch.fx. It does not know layers.
 """
 
+import contextlib
 import keyword
 import operator
 import re
@@ -17,10 +18,12 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from planner.errors import TraceError
+from planner.model_file import recorded_at
 from planner.plan.code import FUNCTIONS, Reference, Statement, Symbol, is_plain_specification
 from planner.trace.aliases import Aliases
+from planner.trace.constants import is_known_constant
 from planner.trace.record import Recording, leaf_call
-from planner.trace.refusals import refuse_changing_buffer
+from planner.trace.refusals import PLAIN_VALUES, refuse_changing_buffer
 
 __all__ = ["identifier", "write_statements"]
 
@@ -46,7 +49,11 @@ def write_statements(
     """
     writer = _Writer(recording, model, batch)
     for node in recording.graph.nodes:
-        writer.write_node(node)
+        try:
+            writer.write_node(node)
+        except TraceError as error:
+            where = recorded_at(node.stack_trace or "")
+            raise TraceError(error.message + where, hint=error.hint) from None
     if has_loss_fn:
         writer.add("loss", "loss", [writer.convert(recording.output, "the model's output")])
     else:
@@ -67,7 +74,8 @@ class _Writer:
         self.names: dict[fx.Node, str] = {}
         self.constant_names: dict[int, str] = {}
         """id() of a parameter, buffer or constant -> the statement that reads it."""
-        self.used: set[str] = {"loss"}
+        # What a stage keeps names tensors and keys of the batch: no name may be both.
+        self.used: set[str] = {"loss", *batch}
         self.aliases = Aliases()
         self.grad_enabled = True
 
@@ -122,9 +130,12 @@ class _Writer:
             self.aliases.remember(node)
             self.detach_in_no_grad(node)
         else:
+            name = getattr(node.target, "__name__", str(node.target))
             raise TraceError(
-                f"the model calls {node.target} between its layers, which a plan cannot hold",
-                hint="move the call into one of the model's layers",
+                f"the model calls {name} between its layers, which a plan cannot hold",
+                hint="enter torch.autocast inside the layers, or build the model in that type"
+                if "autocast" in name
+                else "move the call into one of the model's layers",
             )
 
     def result_name(self, node: fx.Node) -> str:
@@ -153,11 +164,12 @@ class _Writer:
                 raise TraceError(
                     f"the model uses a tensor of shape {tuple(value.shape)} between its layers "
                     "that is neither a parameter nor a buffer",
-                    hint="keep it as a buffer: self.register_buffer(name, tensor)",
+                    hint="return it from the layer that makes it; what belongs to the model is a "
+                    "buffer: self.register_buffer(name, tensor)",
                 )
-            arguments = [constant.tolist(), Symbol(str(constant.dtype))]
+            arguments = [_values(constant), Symbol(str(constant.dtype))]
             self.names[node] = self.add(self.fresh("constant"), "tensor", arguments)
-            self.aliases.remember(node)
+            self.aliases.remember(node, "a tensor that is kept from step to step and no buffer")
         self.constant_names[id(value)] = self.names[node]
 
     def write_leaf(self, node: fx.Node) -> None:
@@ -235,8 +247,7 @@ class _Writer:
             raise TraceError(
                 f"{where} takes or gives an object of type {type(value).__name__}, "
                 "which a plan cannot hold",
-                hint="use tensors, numbers, strings, and lists, tuples and dicts of them; or "
-                "list the layers: `layers = [...]` in the model file",
+                hint=f"use {PLAIN_VALUES}; or list the layers: `layers = [...]` in the model file",
             )
         leaves = self.convert_all(flat, where)
         return Reference(self.add(self.fresh("rebuilt"), "unflatten", [text, leaves]))
@@ -257,6 +268,19 @@ class _Writer:
                 hint="add `def loss_fn(output, batch)` to the model file, or return the loss",
             )
         self.add("loss", "getitem", [(self.refer(node),), 0])
+
+
+def _values(constant: torch.Tensor) -> Any:
+    # A tensor inside a function transform, such as torch.vmap, has no values.
+    with contextlib.suppress(RuntimeError):
+        if is_known_constant(constant):
+            return constant.tolist()
+    raise TraceError(
+        f"the model uses a tensor of shape {tuple(constant.shape)} between its layers whose "
+        "values cannot be known when it is planned",
+        hint="move the computation into an nn.Module of its own, which returns it: layers run as "
+        "they are",
+    )
 
 
 def _has_text_keys(value: Mapping[Any, Any]) -> bool:

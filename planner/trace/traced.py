@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from planner.errors import ModelFileError, TraceError
 from planner.graph import LayerGraph
 from planner.model_file import ModelFile, build_on_meta, fingerprint, forward_keys
+from planner.plan.code import Statement
+from planner.precision import Precision
 from planner.trace.analyse import analyse
 from planner.trace.fake import fake_batch, fake_copy, fake_run
 from planner.trace.interpret import Context
 from planner.trace.layers import build_layer_graph
-from planner.trace.leaves import choose_leaves, descend
+from planner.trace.leaves import choose_leaves, descend, expose
 from planner.trace.record import record
 from planner.trace.statements import write_statements
 from planner.trace.unread import free_unread
@@ -32,10 +34,13 @@ _FIRST_BATCH_SIZE = 2
 class TracedModel:
     """A model on fake tensors, and its LayerGraph at every micro-batch size asked for."""
 
-    def __init__(self, model_file: ModelFile) -> None:
+    def __init__(self, model_file: ModelFile, precision: Precision = Precision.MODEL) -> None:
         self.model_file = model_file
+        self.precision = precision
         built = build_on_meta(model_file.build_model, model_file.name)
         self.fingerprint = fingerprint(built)
+        if precision.compute_dtype is not None:
+            built = built.to(getattr(torch, precision.compute_dtype))
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = fake_copy(built, self.mode)
         self.leaves = self._first_leaves()
@@ -63,7 +68,14 @@ class TracedModel:
 
     def fake_batch(self, micro_batch_size: int) -> dict[str, torch.Tensor]:
         """The example batch on fake tensors of this traced model's mode."""
-        return fake_batch(self.model_file, micro_batch_size, self.mode)
+        batch = fake_batch(self.model_file, micro_batch_size, self.mode)
+        if self.precision.compute_dtype is None:
+            return batch
+        dtype: torch.dtype = getattr(torch, self.precision.compute_dtype)
+        return {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in batch.items()
+        }
 
     def _first_leaves(self) -> tuple[str, ...]:
         if not self.model_file.layers:
@@ -81,9 +93,11 @@ class TracedModel:
     def _trace(self, micro_batch_size: int) -> LayerGraph:
         batch = self.fake_batch(micro_batch_size)
         with fake_run(self.mode):
-            recording = record(self.model, self._call, batch, self.leaves)
-            has_loss_fn = self.model_file.loss_fn is not None
-            statements = write_statements(recording, self.model, batch, has_loss_fn=has_loss_fn)
+            try:
+                statements = self._record(batch)
+            except TraceError:
+                # Once more, for an error that names the line: recording lines takes time.
+                statements = self._record(batch, with_lines=True)
             analysis = analyse(statements, self.context(batch))
         statements, analysis = free_unread(statements, analysis)
         return build_layer_graph(
@@ -95,6 +109,18 @@ class TracedModel:
             fingerprint=self.fingerprint,
             micro_batch_size=micro_batch_size,
         )
+
+    def _record(
+        self, batch: Mapping[str, torch.Tensor], *, with_lines: bool = False
+    ) -> list[Statement]:
+        recording = record(self.model, self._call, batch, self.leaves, with_lines=with_lines)
+        for inner in () if self.model_file.layers else recording.left_behind:
+            finer = expose(self.model, self.leaves, inner)
+            if finer != self.leaves:
+                self.leaves = finer
+                return self._record(batch, with_lines=with_lines)
+        has_loss_fn = self.model_file.loss_fn is not None
+        return write_statements(recording, self.model, batch, has_loss_fn=has_loss_fn)
 
     def _call(self, batch: dict[str, torch.Tensor]) -> Any:
         if not self.model_file.layers:
@@ -149,13 +175,16 @@ def _call_first(module: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def trace(model_file: ModelFile) -> TracedModel:
+def trace(model_file: ModelFile, precision: Precision = Precision.MODEL) -> TracedModel:
     """Trace the model that a model file builds, in train mode, on fake tensors.
+
+    With a mixed `precision` it is the compute copy that is traced: floating parameters, buffers and
+    batch keys are of its type.
 
     Raises:
         TraceError: the model cannot be traced into layers; names the module and the line.
         ModelFileError: a function of the model file fails or breaks its contract.
     """
-    traced = TracedModel(model_file)
+    traced = TracedModel(model_file, precision)
     traced.refine()
     return traced

@@ -60,6 +60,7 @@ def backward(rank: RankState, instruction: Instruction) -> None:
         units = [rank.units[u] for u in stage.plan.units if rank.units[u].unit.trainable]
     for state in units:
         _prepare_gradients(rank, state, instruction)
+    _set_keys(rank, instruction)
     found = stage.backward(
         rank.buffers[saved_name(instruction)],
         _gradients_of_outputs(rank, instruction),
@@ -86,13 +87,18 @@ def _stage_inputs(
     stage, micro_batch = rank.stage(instruction), instruction.micro_batch
     assert micro_batch is not None
     rank.weights.use(instruction.reads)
-    rank.random.begin(step=rank.step, replica=rank.replica, micro_batch=micro_batch)
+    _set_keys(rank, instruction)
     inputs = {
         name: with_traced_layout(rank.buffers[f"{name}.{micro_batch}"], rank.specs[name])
         for name in stage.plan.inputs
     }
     batch = {key: rank.buffers[f"batch:{key}.{micro_batch}"] for key in stage.plan.batch_keys}
     return inputs, batch
+
+
+def _set_keys(rank: RankState, instruction: Instruction) -> None:
+    assert instruction.micro_batch is not None
+    rank.random.begin(step=rank.step, replica=rank.replica, micro_batch=instruction.micro_batch)
 
 
 def _saved_tensor_hooks(

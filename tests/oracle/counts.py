@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from oracle.facts import BACKWARDS, Facts, Fault
+from planner.graph import DTYPE_BYTES
 from planner.plan.types import Instruction, Opcode, Unit
 from planner.schedules import Schedule
 
@@ -54,8 +55,13 @@ def _tables(facts: Facts) -> Iterator[Fault]:
         yield Fault(kind="count", message=f"keys {keys} are drawn")
     for unit in plan.units:
         found = [p for p in plan.parameters if p.name in unit.parameters]
-        elements = sum(p.num_elements for p in found)
-        if elements != unit.num_elements or any(p.dtype != unit.dtype for p in found):
+        length_bytes = 0
+        for parameter in found:  # parts of replicas are packed, else each is aligned
+            length_bytes += -length_bytes % 64 if plan.partition == 0 else 0
+            length_bytes += parameter.num_bytes
+        if length_bytes != unit.num_elements * DTYPE_BYTES[unit.dtype] or any(
+            p.dtype != unit.dtype for p in found
+        ):
             yield Fault(kind="count", message=f"{unit.name} is not as large as its parameters")
         if unit.trainable != any(p.trainable for p in found):
             yield Fault(kind="count", message=f"{unit.name} is wrongly trained")

@@ -127,7 +127,7 @@ class Facts:
             is_copy = kind == "shard" and not self.plan.gathers
             is_unused = kind == "moments" and self.trains and unit not in updated
             total += 0 if is_copy or is_unused else num_bytes(buffer)
-        return total
+        return total + self.plan.module_buffer_bytes
 
     def lives(self, rank: int) -> list[Life]:
         """Of all buffers that come and go; a RELEASE ends a life and a FETCH begins another."""
@@ -156,6 +156,8 @@ class Facts:
     def transient_bytes(self, rank: int, index: int) -> int:
         """What a compute instruction takes while it runs, besides what it makes for others."""
         instruction = self.plan.programs[rank][index]
+        if instruction.opcode is Opcode.UPDATE and instruction.unit is not None:
+            return self.units[instruction.unit].update_transient_bytes
         if instruction.opcode not in COMPUTE or instruction.stage is None:
             return 0
         stage = self.plan.stages[instruction.stage]

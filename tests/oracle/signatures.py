@@ -171,8 +171,11 @@ def _compute(facts: Facts, rank: int, instruction: Instruction) -> list[Operands
     if instruction.opcode is Opcode.RECOMPUTE:
         return [(inputs + weights, [saved])] if stage.recompute else []
     reads, writes = [saved, *weights], []
-    if not stage.recompute:
-        reads += [f"batch:{k}.{m}" if k in stage.batch_keys else f"{k}.{m}" for k in stage.kept]
+    reads += [
+        f"batch:{name}.{m}" if name in stage.batch_keys else f"{name}.{m}"
+        for name in stage.kept
+        if not stage.recompute or name not in stage.outputs
+    ]
     for name in (*stage.inputs, *stage.outputs):
         is_input = name in stage.inputs
         if name == "loss" or not facts.tensors[name].requires_grad:
@@ -225,7 +228,9 @@ def _fits(facts: Facts, rank: int, buffer: str, instruction: Instruction) -> boo
     if kind == "moments":
         unit = facts.units[rest]
         slots = facts.plan.options.optimizer_slots
-        return _is_of(entry, unit, slots * facts.part_elements(unit))
+        trained = {p.name: p.num_elements for p in facts.plan.parameters if p.trainable}
+        kept = sum(trained.get(name, 0) for name in unit.parameters)
+        return _is_of(entry, unit, slots * min(kept, facts.part_elements(unit)))
     if kind == "part":
         return _is_of(entry, facts.units[name], facts.units[name].num_elements)
     if kind == "saved":

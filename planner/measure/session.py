@@ -1,0 +1,62 @@
+"""A model and a device -> everything a profile file holds.
+
+It knows the order of things. It does not know how a layer is run or a file is written.
+"""
+
+import datetime
+from collections.abc import Sequence
+
+import torch
+
+from planner.measure.here import describe_device, versions_here
+from planner.measure.measured import MeasuredModel, MeasuredSize
+from planner.measure.timing import OnLayer, optimizer_name, time_layers
+from planner.model_file import ModelFile
+from planner.trace import TracedModel, trace
+
+__all__ = ["measure_model", "measured_model"]
+
+
+def measure_model(
+    model_file: ModelFile,
+    micro_batch_sizes: Sequence[int],
+    device: torch.device,
+    *,
+    num_repeats: int,
+    command: str = "",
+    on_layer: OnLayer | None = None,
+) -> MeasuredModel:
+    """Measure every distinct layer at every one of the micro-batch sizes (in samples).
+
+    Raises:
+        TraceError, ModelFileError: the model cannot be traced or built.
+        RunError: a layer does not fit on the device, or does not run on it.
+    """
+    traced = trace(model_file)
+    sizes = [
+        time_layers(traced, size, device, num_repeats=num_repeats, on_layer=on_layer)
+        for size in sorted(set(micro_batch_sizes))
+    ]
+    return measured_model(traced, sizes, device, num_repeats=num_repeats, command=command)
+
+
+def measured_model(
+    traced: TracedModel,
+    sizes: Sequence[MeasuredSize],
+    device: torch.device,
+    *,
+    num_repeats: int,
+    command: str,
+) -> MeasuredModel:
+    """What was just measured here, with all that says where, when and how."""
+    return MeasuredModel(
+        model_name=traced.model_file.name,
+        fingerprint=traced.fingerprint,
+        device=describe_device(device),
+        optimizer=optimizer_name(traced.model_file),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        versions=versions_here(),
+        command=command,
+        num_repeats=num_repeats,
+        sizes=tuple(sizes),
+    )
