@@ -95,11 +95,9 @@ def without_batch(made: Plan) -> Plan:
 
 
 def uncounted_bytes(made: Plan, rank: int) -> int:
-    """Optimizers count steps for each parameter; sums over pipeline ranks stage what arrives."""
+    """Optimizers count steps for each parameter."""
     units = [unit for unit in made.units if rank in unit.ranks]
-    num_counters = sum(len(unit.parameters) for unit in units)
-    staged = sum(4 * unit.num_elements * len(unit.ranks) for unit in units if len(unit.ranks) > 1)
-    return SLACK_BYTES + 4 * num_counters + staged
+    return SLACK_BYTES + 4 * sum(len(unit.parameters) for unit in units)
 
 
 def assert_bounded(made: Plan, model_file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What verification notices, and what an executor refuses."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from planned import Chain, model_of, plan_of, vectors
 from torch import Tensor, nn
 
-from planner.errors import RunError, UsageError
+from planner.errors import PlanFileError, RunError, UsageError
 from planner.model_file import ModelFile
-from planner.plan.types import Plan
+from planner.plan.types import Plan, PlanOptions
 from runtime.build import build_model, make_executor
 from runtime.data import Batches
 from runtime.local import run_local
@@ -29,14 +30,22 @@ def verify(plan: Plan, model_file: ModelFile) -> list[Difference]:
     return [difference for found in run_local(plan, run) for difference in found]
 
 
-def test_a_parameter_that_the_plan_does_not_train_is_noticed() -> None:
-    model_file = model_of(lambda: Chain(lambda: nn.Linear(8, 8)))
-    plan = plan_of(model_file, (0, 2, 5))
+@pytest.mark.parametrize("has_moments", [False, True])
+def test_a_parameter_that_the_plan_does_not_train_is_noticed(has_moments: bool) -> None:
+    """By its moments when the plan is loaded, else by its gradient."""
+    model_file = replace(
+        model_of(lambda: Chain(lambda: nn.Linear(8, 8))),
+        build_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9 if has_moments else 0.0),
+    )
+    plan = plan_of(model_file, (0, 2, 5), options=PlanOptions(optimizer_slots=int(has_moments)))
     assert all(difference.passed for difference in verify(plan, model_file))
-    parameters = [replace(p, trainable=p.name != "head.bias") for p in plan.parameters]
-    failed = [d.name for d in verify(replace(plan, parameters=tuple(parameters)), model_file)
-              if not d.passed]  # fmt: skip
-    assert failed == ["head.bias"]
+    parameters = tuple(replace(p, trainable=p.name != "head.bias") for p in plan.parameters)
+    forged = replace(plan, parameters=parameters)
+    if has_moments:
+        with pytest.raises(PlanFileError, match=r"moments:stage\.1"):
+            verify(forged, model_file)
+    else:
+        assert [d.name for d in verify(forged, model_file) if not d.passed] == ["head.bias"]
 
 
 def test_running_statistics_are_compared() -> None:

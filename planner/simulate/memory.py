@@ -35,6 +35,7 @@ _CLASSES = {
     "weights": "buffers",
     "sum": "gradients",
     "part": "gradients",
+    "staging": "gradients",
     "reduced": "gradients",
     "shard": "weights",
     "moments": "optimizer",
@@ -174,10 +175,26 @@ def buffer_lives(plan: Plan, rank: int, ends: Sequence[int] | None = None) -> Li
             life = current.get(buffer, -1)
             if life >= 0 and lasts[life] < over[index]:
                 lasts[life] = over[index]
+        if opcode in (Opcode.REDUCE, Opcode.REDUCE_TIED) and plan.backend == "gloo":
+            lives.names.append(f"staging:{instruction.unit}")
+            lives.begins.append(index)
+            lives.num_bytes.append(_staging_bytes(plan, instruction, sizes))
+            lasts.append(over[index])
         if opcode is Opcode.RELEASE:
             for buffer in instruction.reads:
                 current.pop(buffer, None)
     return lives
+
+
+def _staging_bytes(plan: Plan, instruction: Instruction, sizes: Mapping[str, int]) -> int:
+    """What a sum by direct exchange makes while it is under way: what arrives, and the sum."""
+    num_bytes = sizes.get(f"reduced:{instruction.unit}", 0)
+    if instruction.opcode is Opcode.REDUCE_TIED:
+        (unit,) = (unit for unit in plan.units if unit.name == instruction.unit)
+        return len(unit.ranks) * num_bytes
+    if plan.partition == 3:
+        return plan.num_replicas * num_bytes
+    return num_bytes  # each replica adds a part of it
 
 
 def _worst_moment(plan: Plan, rank: int, ends: Sequence[int]) -> Moment:

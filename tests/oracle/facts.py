@@ -4,6 +4,7 @@ It knows names, sizes and lives of buffers. It does not know what instructions d
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planner.plan.types import Buffer, Opcode, Plan, StagePlan, Unit
@@ -143,7 +144,7 @@ class Facts:
                 current[buffer].append(index)
                 if instruction.opcode is Opcode.RELEASE:
                     del current[buffer]
-        return [
+        lives = [
             Life(
                 buffer=buffer,
                 num_bytes=num_bytes(self._entry(rank, buffer)),
@@ -152,6 +153,26 @@ class Facts:
             )
             for buffer, uses in found
         ]
+        return lives + list(self._staging(rank))
+
+    def _staging(self, rank: int) -> Iterator[Life]:
+        """Sums between processes that exchange messages: one version of the gradient arrives from
+        each of the others, and a new one becomes the sum."""
+        for index, instruction in enumerate(self.plan.programs[rank]):
+            if instruction.opcode not in (Opcode.REDUCE, Opcode.REDUCE_TIED):
+                continue
+            if self.plan.cluster.backend != "gloo" or instruction.unit is None:
+                continue
+            versions = len(self.units[instruction.unit].ranks)
+            if instruction.opcode is Opcode.REDUCE:
+                versions = self.plan.num_replicas if self.plan.partition == 3 else 1
+            size = num_bytes(self._entry(rank, f"reduced:{instruction.unit}"))
+            yield Life(
+                buffer=f"staging:{instruction.unit}",
+                num_bytes=versions * size,
+                first=index,
+                uses=1 << index,
+            )
 
     def transient_bytes(self, rank: int, index: int) -> int:
         """What a compute instruction takes while it runs, besides what it makes for others."""
