@@ -128,6 +128,7 @@ class Builder:
             choice,
             self.problem.optimizer_slots,
             updates_wait=self.problem.updates_wait,
+            stages_sums=self.problem.cluster.backend == "gloo",
         )
 
     def _memory_tables(self, choice: Choice) -> _MemoryTables:

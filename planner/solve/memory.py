@@ -2,7 +2,7 @@
 
     state             weights and optimizer slots; 1 / D of them with partition 3
     gather buffers    whole weights of the stages in use (partition 3)
-    gradient buffers  gradient sums of the stages in backward, and one reduced shard
+    gradient buffers  gradient sums of the stages in backward, one reduced shard, what a sum stages
     gradients         all of them, where updates wait for the end of the step
     activations       M micro-batches of what backward needs, or of stage inputs with recompute
     transient         what one micro-batch holds only while it is computed or handed over
@@ -65,9 +65,13 @@ class MemoryFigures:
 
 
 def memory_figures(
-    figures: Figures, choice: Choice, optimizer_slots: int, *, updates_wait: bool
+    figures: Figures, choice: Choice, optimizer_slots: int, *, updates_wait: bool, stages_sums: bool
 ) -> MemoryFigures:
-    """The memory of each layer and cut under a choice."""
+    """The memory of each layer and cut under a choice.
+
+    `stages_sums`: a sum over replicas makes a gradient's worth of buffers while it is under way,
+    as direct exchange does (gloo).
+    """
     parameters, count = parameters_of(figures, choice), choice.num_micro_batches
     trainable = parameters.trainable_bytes
     buffers, replicas = num_buffers(choice), choice.num_replicas
@@ -80,6 +84,8 @@ def memory_figures(
     if updates_wait:
         waiting, reduced = per_shard(trainable, choice), no_layers
         sums = no_layers if replicas == 1 else sums
+    elif stages_sums and replicas > 1:
+        sums = _sum(sums, trainable)
     return MemoryFigures(
         state=_sum(
             per_shard(parameters.weight_bytes, choice),
