@@ -13,7 +13,7 @@ export OMP_NUM_THREADS := 1
 .DELETE_ON_ERROR:
 
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -25,7 +25,7 @@ demo: $(STAMP)
 	@echo "== A plan of examples/gpt.py for 8 GPUs of the default cluster"
 	$(BIN)/lga-plan examples/gpt.py --gpus 8 --batch-size 32 --output $(DEMO)/gpt-8.plan.yaml
 	@echo "== A plan for a pipeline of 4 processes on this machine"
-	$(BIN)/lga-plan examples/gpt.py --gpus 4 --cluster cpu --pipeline-ranks 4 --batch-size 32 \
+	$(BIN)/lga-plan examples/gpt.py --gpus 4 --cluster cpu --pipeline-ranks 4 --batch-size 32 --schedule layered \
 	  --output $(DEMO)/gpt-cpu.plan.yaml
 	@echo "== Its proof, and its timeline"
 	$(BIN)/lga-check $(DEMO)/gpt-cpu.plan.yaml

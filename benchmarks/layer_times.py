@@ -144,8 +144,8 @@ def _runtime_step(model_file: ModelFile, size: int, micro_batches: int) -> Calla
         global_batch_size=size * micro_batches,
         constraints=_constraints(size, micro_batches),
     ).plan
-    hub = LocalHub(1, 1, plan.options.deadline_seconds)
-    executor = make_executor(plan, model_file, LocalTransport(hub, 0, 0), 0, CPU)
+    hub = LocalHub(plan.grid, plan.options.deadline_seconds)
+    executor = make_executor(plan, model_file, LocalTransport(hub, 0), 0, CPU)
     batch = model_file.example_batch(size * micro_batches)
 
     def step() -> None:

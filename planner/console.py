@@ -70,7 +70,7 @@ class Positive(click.FloatRange):
         return number
 
 
-DEVICES = Count(1 << 13)
+DEVICES = Count(1 << 16)
 SAMPLES = Count(1 << 24)
 """And whatever else divides them."""
 SECONDS = Positive("seconds")

@@ -6,8 +6,8 @@ tensor with a distant reader. This module knows structure and bytes. It does not
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +15,15 @@ import networkx
 
 from planner.plan.code import Statement, references
 
-__all__ = ["DTYPE_BYTES", "LayerGraph", "LayerNode", "ParameterSpec", "StageCode", "TensorSpec"]
+__all__ = [
+    "DTYPE_BYTES",
+    "LayerGraph",
+    "LayerNode",
+    "ParameterSpec",
+    "StageCode",
+    "TensorSpec",
+    "reordered",
+]
 
 DTYPE_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
@@ -201,6 +209,23 @@ class LayerGraph:
                 n for layer in layers for n in layer.mutated_inputs if n not in made
             ),
         )
+
+
+def reordered(graph: LayerGraph, order: Sequence[int]) -> LayerGraph:
+    """The same model with its layers in another order: place p holds layer `order[p]`.
+
+    Every maker must stay before its readers, and the last layer last.
+    """
+    assert sorted(order) == list(range(len(graph.layers))), "not every layer once"
+    place = {layer: index for index, layer in enumerate(order)}
+    moved = replace(
+        graph,
+        layers=tuple(graph.layers[layer] for layer in order),
+        tensors=tuple(sorted(graph.tensors, key=lambda t: place[graph.makers[t.name]])),
+    )
+    for name, readers in moved.readers.items():
+        assert moved.makers[name] < min(readers, default=len(order)), f"{name} is read before made"
+    return moved
 
 
 def _users(names: Iterable[Iterable[str]]) -> dict[str, tuple[int, ...]]:

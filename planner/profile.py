@@ -94,6 +94,9 @@ class LayerMemory:
     """(input, output): the input's gradient is the output's, or a part of it in place."""
     changed_buffer_bytes: int
     """Of buffers that forward changes: recompute needs them as they were before."""
+    inner_backward: tuple[Moment, ...] | None = None
+    """As `backward`, where the gradients of all outputs come from later layers of the stage, in
+    the layouts in which those make them; None where these are the outputs' own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ This module knows names. The orders themselves are made by `planner.schedule`.
 
 from enum import StrEnum
 
-__all__ = ["Schedule"]
+__all__ = ["OrderSearch", "Schedule"]
 
 
 class Schedule(StrEnum):
@@ -29,3 +29,13 @@ class Schedule(StrEnum):
     """No backward: evaluation."""
     CUSTOM = "custom"
     """An order that came from elsewhere."""
+
+
+class OrderSearch(StrEnum):
+    """Which orders are searched where no family's rule makes it."""
+
+    BEST = "best"
+    """All of them."""
+    BEST_LAYERED = "best-layered"
+    """Those in which a rank ends the backward pass of all micro-batches through a stage before it
+    begins that of any preceding one."""

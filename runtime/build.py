@@ -2,6 +2,7 @@
 
 import torch
 
+from planner.heap import keep_freed_memory
 from planner.model_file import ModelFile
 from planner.plan.types import Plan
 from runtime.executor import Executor
@@ -25,7 +26,12 @@ def make_executor(
     world_rank: int,
     device: torch.device,
 ) -> Executor:
-    """The executor of one rank, with the model freshly built."""
+    """The executor of one rank, with the model freshly built.
+
+    On a CPU the process keeps from now on what it frees, as it did when layers were measured.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
     return Executor(
         plan,
         build_model(model_file, plan.options.seed, device),

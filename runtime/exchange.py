@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from planner.layouts import Grid
 from runtime.transport import Pending, Traffic
 
 __all__ = ["Channel", "ExchangeTransport", "Joined", "Wire", "ordered_sum", "part_sizes"]
@@ -55,17 +56,14 @@ class Joined:
 class ExchangeTransport(ABC):
     """The Transport's calls in terms of wires. Subclasses say how to open a wire."""
 
-    def __init__(
-        self, pipeline_rank: int, replica: int, num_pipeline_ranks: int, num_replicas: int
-    ) -> None:
+    def __init__(self, grid: Grid, world_rank: int) -> None:
         self.traffic = Traffic()
-        self._world = tuple(range(num_pipeline_ranks * num_replicas))
-        self._pipeline_rank = pipeline_rank
-        self._replica = replica
-        self._num_replicas = num_replicas
-        self._rank = pipeline_rank * num_replicas + replica
-        first = pipeline_rank * num_replicas
-        self._replicas = tuple(range(first, first + num_replicas))
+        self._grid = grid
+        self._world = tuple(range(grid.world_size))
+        self._pipeline_rank, self._replica = grid.coordinates(world_rank)
+        self._num_replicas = grid.num_replicas
+        self._rank = world_rank
+        self._replicas = tuple(grid.replicas_of(self._pipeline_rank))
         self._workers: dict[Channel, _Worker] = {}
 
     @abstractmethod
@@ -88,8 +86,9 @@ class ExchangeTransport(ABC):
         _check_sizes(output, shard, self._num_replicas)
         self.traffic.add("gather", shard.nbytes * (self._num_replicas - 1))
         parts = torch.split(output.view(-1), max(shard.numel(), 1))
-        if shard.numel():
-            parts[self._replica].copy_(shard.view(-1))
+        mine = parts[self._replica] if shard.numel() else shard
+        if mine.data_ptr() != shard.data_ptr():  # else it is where it belongs
+            mine.copy_(shard.view(-1))
         if self._num_replicas == 1 or not shard.numel():
             return Joined(())
         channel = Channel("gather", self._replicas)
@@ -155,7 +154,7 @@ class ExchangeTransport(ABC):
             worker.close()
 
     def _world_rank(self, pipeline_rank: int) -> int:
-        return pipeline_rank * self._num_replicas + self._replica
+        return self._grid.world_rank(pipeline_rank, self._replica)
 
     def _staging(self, mine: Tensor) -> list[Tensor]:
         """Room for every replica's version of my part; my own version is already here."""

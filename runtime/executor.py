@@ -211,12 +211,12 @@ class Executor:
         """Whole parameters of this rank's stages and buffers of their modules, by name.
 
         As in the model's own state_dict, buffers that are made anew are not part of it.
-        With a partitioned state this is a collective over the replicas.
+        Where weights are partitioned this is a collective over the replicas.
         """
         found: dict[str, Tensor] = {}
         for state in self._rank.units.values():
-            flat = shard = self._shard(state)
-            if state.partitioned:
+            flat = shard = self._shard(state) if state.gathered else state.whole
+            if state.gathered and state.partitioned:
                 flat = shard.new_empty(state.padded_length)
                 what = f"state of unit {state.unit.name}"
                 self._rank.transport.gather(shard, flat, what).wait()
@@ -226,7 +226,7 @@ class Executor:
 
     def _shard(self, state: UnitState) -> Tensor:
         """On the device, wherever it lives."""
-        if not self.plan.offload_state:
+        if "shard" not in self.plan.offloaded:
             return state.shard
         shard, pending = self._rank.host.fetch(f"host:shard:{state.unit.name}")
         pending.wait()

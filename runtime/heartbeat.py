@@ -87,7 +87,7 @@ class Heartbeat:
             while not self._ends.wait(self._beat_seconds):
                 self._beat()
             if self._failure is not None:
-                here = rank_name(self._rank, self._plan.num_replicas)
+                here = rank_name(self._rank, self._plan.grid)
                 text = self._failure.message
                 self._store.compare_set(_VERDICT, "", text if here in text else f"{here}: {text}")
                 return
@@ -126,7 +126,7 @@ class Heartbeat:
         verdict = self._store.compare_set(
             _VERDICT,
             "",
-            f"{rank_name(peer, self._plan.num_replicas)} on host {host} died or stopped: last "
+            f"{rank_name(peer, self._plan.grid)} on host {host} died or stopped: last "
             f"seen at {last_seen}, not heard of for {silent_seconds:.1f} s",
         ).decode()
         if pid and host == socket.gethostname() and LAUNCHED_BY_LGA_RUN in os.environ:
@@ -140,12 +140,12 @@ class Heartbeat:
         owned_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if self._ends.is_set() and (self._failure is not None or not owned_by_launcher):
             return  # rank 0 ends its store only when all are done
-        owner = "the launcher" if owned_by_launcher else rank_name(0, self._plan.num_replicas)
+        owner = "the launcher" if owned_by_launcher else rank_name(0, self._plan.grid)
         os.environ.pop(LAUNCHED_BY_LGA_RUN, None)  # nobody else is left to say it
         self._end(f"{owner} died: the job's store at {os.environ['MASTER_ADDR']} is gone")
 
     def _end(self, verdict: str) -> None:
-        here = rank_name(self._rank, self._plan.num_replicas)
+        here = rank_name(self._rank, self._plan.grid)
         end_process(
             FailureReport(
                 message=f"{verdict}; {here} ends with it",

@@ -21,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from planner.console import HELP, check_can_write, command_errors, print_error
 from planner.errors import UsageError
+from planner.layouts import Grid
 from runtime.failure import LAUNCHED_BY_LGA_RUN, FailureReport, read_report
 from runtime.inputs import check_machine, load_inputs
 from runtime.options import RunOptions, run_arguments, run_options
@@ -64,17 +65,17 @@ def launch(plan_path: Path, model_path: str, options: RunOptions) -> int:
     if options.timeline_path is not None:
         check_can_write(options.timeline_path, "--timeline", [plan_path, model_file.path])
     words = ["-m", "runtime", str(plan_path), model_path, *options.arguments()]
-    return run_ranks(words, plan.world_size, plan.num_replicas)
+    return run_ranks(words, plan.grid)
 
 
-def run_ranks(words: Sequence[str], world_size: int, num_replicas: int) -> int:
+def run_ranks(words: Sequence[str], grid: Grid) -> int:
     """Run `python WORDS` as every rank of a job on this machine; returns the exit code."""
     with tempfile.TemporaryDirectory(prefix="lga-run-") as folder:
-        config = _prepare(world_size, folder)
+        config = _prepare(grid.world_size, folder)
         try:
             elastic_launch(config, sys.executable)(*words)
         except ChildFailedError as error:
-            return _explain(error.failures, num_replicas)
+            return _explain(error.failures, grid)
         except SignalException as error:
             print_error(f"ended by {error.sigval.name}; all ranks are down")
             return 128 + error.sigval
@@ -102,7 +103,7 @@ def _prepare(world_size: int, folder: str) -> LaunchConfig:
     )
 
 
-def _explain(failures: dict[int, ProcessFailure], num_replicas: int) -> int:
+def _explain(failures: dict[int, ProcessFailure], grid: Grid) -> int:
     """Say which ranks failed of themselves; returns the exit code.
 
     The launcher lists first what it saw first, then the ranks that it ended because of that.
@@ -115,19 +116,19 @@ def _explain(failures: dict[int, ProcessFailure], num_replicas: int) -> int:
     if own:
         messages = {report.message: (rank, report) for rank, report in reversed(own.items())}
         for rank, report in reversed(messages.values()):
-            print_error(_placed(rank, report, num_replicas), report.hint)
+            print_error(_placed(rank, report, grid), report.hint)
         return max(report.exit_code for report in own.values())
     for report in filter(None, reports.values()):  # consequences: the first names its cause
         print_error(report.message)
         return 1
     rank, failure = next(iter(failures.items()))
-    print_error(*_wordless(rank_name(rank, num_replicas), failure.exitcode))
+    print_error(*_wordless(rank_name(rank, grid), failure.exitcode))
     return 1
 
 
-def _placed(rank: int, report: FailureReport, num_replicas: int) -> str:
+def _placed(rank: int, report: FailureReport, grid: Grid) -> str:
     """With the rank's name, unless the error is the same on every rank or names its rank."""
-    name = rank_name(rank, num_replicas)
+    name = rank_name(rank, grid)
     if report.exit_code == UsageError.exit_code or name in report.message:
         return report.message
     return f"{name} failed: {report.message}"

@@ -12,6 +12,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from planner.errors import DeadlineError, PeerLostError
+from planner.layouts import Grid
 from planner.plan.types import Plan
 from runtime.exchange import Channel, ExchangeTransport, Wire
 from runtime.ranks import rank_name
@@ -25,9 +26,8 @@ Result = TypeVar("Result")
 class LocalHub:
     """Where the threads' messages meet."""
 
-    def __init__(self, num_pipeline_ranks: int, num_replicas: int, deadline_seconds: float) -> None:
-        self.num_pipeline_ranks = num_pipeline_ranks
-        self.num_replicas = num_replicas
+    def __init__(self, grid: Grid, deadline_seconds: float) -> None:
+        self.grid = grid
         self.deadline_seconds = deadline_seconds
         self.changed = threading.Condition()
         self.error: BaseException | None = None
@@ -79,7 +79,7 @@ class _Message:
 
     def wait(self) -> None:
         hub = self._hub
-        here, peer = (rank_name(r, hub.num_replicas) for r in (self._rank, self._peer))
+        here, peer = (rank_name(r, hub.grid) for r in (self._rank, self._peer))
         with hub.changed:
             woken = hub.changed.wait_for(lambda: self.over or hub.error, hub.deadline_seconds)
             if self.over:
@@ -113,8 +113,8 @@ class _LocalWire:
 class LocalTransport(ExchangeTransport):
     """One rank's end of a hub."""
 
-    def __init__(self, hub: LocalHub, pipeline_rank: int, replica: int) -> None:
-        super().__init__(pipeline_rank, replica, hub.num_pipeline_ranks, hub.num_replicas)
+    def __init__(self, hub: LocalHub, world_rank: int) -> None:
+        super().__init__(hub.grid, world_rank)
         self._hub = hub
 
     def _wire(self, channel: Channel) -> Wire:
@@ -127,11 +127,11 @@ def run_local(plan: Plan, function: Callable[[LocalTransport, int], Result]) -> 
     Returns the results by world rank. Raises the first error of any rank: the original one, not
     those that followed from it. After an error the other ranks have the plan's deadline to end.
     """
-    hub = LocalHub(plan.num_pipeline_ranks, plan.num_replicas, plan.options.deadline_seconds)
+    hub = LocalHub(plan.grid, plan.options.deadline_seconds)
     results: dict[int, Result] = {}
 
     def run(world_rank: int) -> None:
-        transport = LocalTransport(hub, *plan.coordinates(world_rank))
+        transport = LocalTransport(hub, world_rank)
         try:
             result = function(transport, world_rank)
             with hub.changed:

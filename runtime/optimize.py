@@ -51,7 +51,7 @@ class UnitOptimizer:
         optimizer = build_optimizer(whole)
         _check(optimizer, partitioned=state.partitioned)
         self._pieces = {piece.name: piece.parameter for piece in state.pieces}
-        if state.gathered:
+        if state.has_own_pieces:
             names = {id(state.parameters[name]): name for name in state.parameters}
             for group in optimizer.param_groups:
                 kept = [names[id(p)] for p in group["params"]]

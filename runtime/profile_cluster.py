@@ -34,6 +34,7 @@ from planner.console import (
 from planner.cost.algorithm import with_algorithm
 from planner.errors import UsageError
 from planner.files import write_whole
+from planner.layouts import Grid
 from planner.report.measured_cluster import cluster_tables
 from planner.report.quantities import parse_bytes
 from runtime.ending import last_words
@@ -220,7 +221,8 @@ def _start(num_processes: int) -> int:
         if not skip and word != "--gpus" and not word.startswith("--gpus="):
             words.append(word)
         skip = not skip and word == "--gpus"
-    return run_ranks(["-m", "runtime.profile_cluster", *words], num_processes, 1)
+    grid = Grid(num_replicas=1, num_pipeline_ranks=num_processes)
+    return run_ranks(["-m", "runtime.profile_cluster", *words], grid)
 
 
 def _world_size() -> int:

@@ -3,7 +3,7 @@
 This module knows instructions and names of buffers. It does not know tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from planner.errors import PlanFileError
 from planner.plan.names import buffer_key, kind_of
@@ -18,20 +18,24 @@ class Program:
     """One rank's instructions, of a step or of an evaluation."""
 
     def __init__(
-        self, instructions: Sequence[Instruction], *, is_evaluation: bool, offload_state: bool
+        self,
+        instructions: Sequence[Instruction],
+        *,
+        is_evaluation: bool,
+        offloaded: Collection[str],
     ) -> None:
         """
         Args:
             instructions: in issue order.
             is_evaluation: it runs forward only.
-            offload_state: shards and moments come and go.
+            offloaded: kinds of state buffers that come and go.
 
         Raises:
             PlanFileError: a gradient is accumulated that nothing uses.
         """
         self.instructions = tuple(instructions)
         self.is_evaluation = is_evaluation
-        self.dying = _last_uses(self.instructions, offload_state=offload_state)
+        self.dying = _last_uses(self.instructions, offloaded)
         """Index -> buffers that hold nothing any more when the instruction there is over."""
         self.sums = _units_of_sums(self.instructions)
         """Index -> accumulation buffers of the instruction there, and whose gradient each holds."""
@@ -50,7 +54,7 @@ class Program:
 
 
 def _last_uses(
-    instructions: Sequence[Instruction], *, offload_state: bool
+    instructions: Sequence[Instruction], offloaded: Collection[str]
 ) -> dict[int, tuple[str, ...]]:
     """What is fetched from host memory is not needed from its last use before the FETCH on."""
     found: dict[int, list[str]] = {}
@@ -61,18 +65,18 @@ def _last_uses(
                 if name in last_use:
                     found.setdefault(last_use[name], []).append(name)
         for name in (*instruction.reads, *instruction.writes):
-            if _comes_and_goes(name, offload_state=offload_state):
+            if _comes_and_goes(name, offloaded):
                 last_use[name] = index
     for name, index in last_use.items():
         found.setdefault(index, []).append(name)
     return {index: tuple(names) for index, names in found.items()}
 
 
-def _comes_and_goes(name: str, *, offload_state: bool) -> bool:
+def _comes_and_goes(name: str, offloaded: Collection[str]) -> bool:
     kind = kind_of(name)
     if kind == "host":
         return kind_of(name.removeprefix("host:")) not in ("shard", "moments")
-    return kind not in ("weights", "sum") and (offload_state or kind not in ("shard", "moments"))
+    return kind in offloaded or kind not in ("weights", "sum", "shard", "moments")
 
 
 def _units_of_sums(instructions: Sequence[Instruction]) -> dict[int, Mapping[str, str]]:

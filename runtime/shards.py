@@ -1,9 +1,10 @@
 """Parameters of a rank as flat vectors: weights, gradients, and this replica's part of them.
 
 A unit's parameters lie one after another in one flat vector. The user's parameters become views of
-it, so the user's modules compute on it directly. With partition 3 each replica owns one equal part
-(padded) of the vector; the whole exists only in a gather buffer, while a stage needs it. So it does
-where the state lives in host memory, and the part (or the whole of it) is here while it is used.
+it, so the user's modules compute on it directly. With partition 1 to 3 each replica owns one equal
+part (padded) of the vector. With 1 and 2 that part is a view of the whole, which stays. With 3 the
+whole exists only in a gather buffer, while a stage needs it. So it does with partition 0 where the
+state lives in host memory, and the shard is here while it is used.
 
 This module knows memory and names. It does not know when anything happens.
 """
@@ -28,7 +29,7 @@ class Piece:
 
     name: str
     parameter: torch.nn.Parameter
-    """What the optimizer sees: the user's own parameter where the whole of it is here."""
+    """What the optimizer sees: the user's own where this rank updates whole parameters in place."""
     first: int
     last: int
     """Range in the unit's flat vector (padded, all replicas)."""
@@ -47,9 +48,10 @@ class UnitState:
         self.strides = {
             name: dense_stride(p.shape, p.stride()) for name, p in self.parameters.items()
         }
-        self.partitioned = plan.partition == 3
+        self.partitioned = plan.partition > 0
+        self.divides_gradients = plan.divides_gradients
         self.gathered = plan.gathers
-        self.ranges, length = self._ranges()
+        self.ranges, length = self._ranges(is_packed=plan.partition == 3)
         parts = plan.num_replicas
         self.part_length = math.ceil(length / parts)
         self.padded_length = self.part_length * parts if self.partitioned else length
@@ -57,15 +59,17 @@ class UnitState:
         whole = example.detach().new_zeros(self.padded_length)
         for name, view in self.views(whole):
             view.copy_(self.parameters[name].detach())
+        self.first, self.last = 0, length
         if self.partitioned:
-            start = replica * self.part_length
-            self._shard: Tensor | None = whole[start : start + self.part_length].clone()
-            self.first, self.last = start, start + self.part_length
-        else:
-            self._shard = whole
-            self.first, self.last = 0, length
+            self.first = replica * self.part_length
+            self.last = self.first + self.part_length
+        self._whole: Tensor | None = None
+        self._shard: Tensor | None = whole[self.first : self.last]
         if not self.gathered:
+            self._whole = whole
             self.attach_weights(whole)
+        elif self.partitioned:
+            self._shard = whole[self.first : self.last].clone()
         self.pieces = tuple(self._pieces())
 
     @property
@@ -75,9 +79,22 @@ class UnitState:
         return self._shard
 
     @property
+    def whole(self) -> Tensor:
+        """The whole weights, where they stay in place."""
+        assert self._whole is not None, f"the weights of {self.unit.name} are in a pool"
+        return self._whole
+
+    @property
     def resident_tensors(self) -> list[Tensor]:
-        """The shard, if it is on the device."""
+        """The whole weights in place; or the shard, if it is on the device."""
+        if self._whole is not None:
+            return [self._whole]
         return [] if self._shard is None else [self._shard]
+
+    @property
+    def has_own_pieces(self) -> bool:
+        """Whether the optimizer sees tensors of ours instead of the user's parameters."""
+        return self.gathered or self.partitioned
 
     @property
     def dtype(self) -> str:
@@ -137,10 +154,14 @@ class UnitState:
         self.detach_gradients()
         return taken
 
-    def attach_piece_gradients(self, reduced: Tensor) -> None:
-        """The optimizer's parameters get views of this rank's reduced gradient."""
+    def my_part(self, reduced: Tensor) -> Tensor:
+        """Of a reduced gradient, what this rank updates its shard with."""
+        return reduced if self.divides_gradients else reduced[self.first : self.last]
+
+    def attach_piece_gradients(self, gradient: Tensor) -> None:
+        """The optimizer's parameters get views of this rank's part of the gradient."""
         for piece in self.pieces:
-            piece.parameter.grad = self._view(reduced, piece)
+            piece.parameter.grad = self._view(gradient, piece)
 
     def _view(self, part: Tensor, piece: Piece) -> Tensor:
         """A piece of what is laid out as the shard is."""
@@ -149,11 +170,11 @@ class UnitState:
             return view
         return view.as_strided(self.shapes[piece.name], self.strides[piece.name])
 
-    def _ranges(self) -> tuple[dict[str, tuple[int, int]], int]:
+    def _ranges(self, *, is_packed: bool) -> tuple[dict[str, tuple[int, int]], int]:
         """Where each parameter lies, and the length of all."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
         element_bytes = next(iter(self.parameters.values())).element_size()
-        ranges = flat_ranges(sizes, element_bytes, is_packed=self.partitioned)
+        ranges = flat_ranges(sizes, element_bytes, is_packed=is_packed)
         return dict(zip(self.parameters, ranges, strict=True)), ranges[-1][1]
 
     def _pieces(self) -> Iterator[Piece]:
@@ -162,7 +183,7 @@ class UnitState:
             if name not in self.trainable or low >= high:
                 continue
             piece = Piece(name=name, parameter=self.parameters[name], first=low, last=high)
-            if self.gathered:
+            if self.has_own_pieces:
                 view = self._view(self.shard, piece)
                 piece = replace(piece, parameter=torch.nn.Parameter(view))
             yield piece

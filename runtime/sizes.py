@@ -67,6 +67,8 @@ def _needs(
             continue
         whole, part = _lengths(plan, units[unit])
         if kind in _OF_PART:
+            if kind == "reduced" and not plan.divides_gradients:
+                part = whole
             if kind == "moments":
                 trained = (math.prod(units[unit].shapes[n]) for n in units[unit].trainable)
                 part = plan.options.optimizer_slots * moment_elements(trained, part)

@@ -65,14 +65,15 @@ class RankState:
         programs = (self.training, self.evaluation)
         check_table(plan, self.rank, self.units, programs)
         self._forget_others(model)
-        pools = make_pools(plan, self.rank, "weights", self.units, programs, device)
-        self.weights = WeightBuffers(pools if plan.gathers else {}, self.units)
+        pools = {}
+        if plan.gathers:
+            pools = make_pools(plan, self.rank, "weights", self.units, programs, device)
+        self.weights = WeightBuffers(pools, self.units)
         self.sums = make_pools(plan, self.rank, "sum", self.units, programs, device)
         self.stages = _make_stages(plan, self.rank, model, loss_fn, device, self.random)
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.num_losses = plan.num_micro_batches * plan.num_replicas
-        if plan.offload_state:
-            self._offload_state()
+        self._offload_state()
 
     def begin(self, program: Program, batch: Mapping[str, Tensor]) -> None:
         """A step or an evaluation starts."""
@@ -169,9 +170,9 @@ class RankState:
                 state.detach_weights()
 
     def _offload_state(self) -> None:
-        """Where every step finds it: in host memory."""
+        """Where every step finds what the plan offloads: in host memory."""
         for unit in self.units:
-            for name in (f"shard:{unit}", f"moments:{unit}"):
+            for name in (f"{kind}:{unit}" for kind in self.plan.offloaded):
                 self.host.keep(f"host:{name}", self.value(name)).wait()
                 self.drop(name)
 
@@ -182,10 +183,9 @@ def _programs(plan: Plan, rank: int) -> tuple[Program, Program]:
     training = () if only_evaluates else plan.programs[rank]
     programs = plan.programs if only_evaluates else plan.evaluation
     evaluation = programs[rank] if programs else ()
-    offload = plan.offload_state
     return (
-        Program(training, is_evaluation=False, offload_state=offload),
-        Program(evaluation, is_evaluation=True, offload_state=offload),
+        Program(training, is_evaluation=False, offloaded=plan.offloaded),
+        Program(evaluation, is_evaluation=True, offloaded=plan.offloaded),
     )
 
 

@@ -11,7 +11,7 @@ def run_error(
     error: RuntimeError, plan: Plan, world_rank: int, what: str, peer: str
 ) -> DeadlineError | PeerLostError:
     """An error of torch.distributed in terms of the plan: who waited for whom, and for what."""
-    here = rank_name(world_rank, plan.num_replicas)
+    here = rank_name(world_rank, plan.grid)
     reason = first_line(error)
     if any(word in str(error).lower() for word in ("timed out", "timeout")):
         return DeadlineError(

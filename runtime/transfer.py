@@ -57,7 +57,7 @@ def initialise(plan: Plan) -> int:
         )
     except RuntimeError as error:
         raise RunError(
-            f"{rank_name(world_rank, plan.num_replicas)} could not join the other "
+            f"{rank_name(world_rank, plan.grid)} could not join the other "
             f"{world_size - 1} within {plan.options.deadline_seconds:g} s: {first_line(error)}",
             hint="see whether every process was started and can reach MASTER_ADDR",
         ) from error
@@ -72,8 +72,7 @@ class DistributedTransport(ExchangeTransport):
     """
 
     def __init__(self, plan: Plan, world_rank: int, device: torch.device) -> None:
-        coordinates = plan.coordinates(world_rank)
-        super().__init__(*coordinates, plan.num_pipeline_ranks, plan.num_replicas)
+        super().__init__(plan.grid, world_rank)
         self._plan = plan
         self._library = plan.backend == "nccl"
         self._wires: dict[Channel, _GroupWire] = {}
@@ -157,7 +156,7 @@ class DistributedTransport(ExchangeTransport):
     ) -> Pending:
         wire = self._wires[channel]
         peers = [rank for rank in channel.members if rank != self._rank]
-        names = ", ".join(rank_name(rank, self._num_replicas) for rank in peers)
+        names = ", ".join(rank_name(rank, self._grid) for rank in peers)
         return wire.start(lambda: call(wire.group), what, names, ())
 
 
@@ -172,11 +171,11 @@ class _GroupWire:
         self._rank = world_rank
 
     def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        name = rank_name(peer, self._plan.num_replicas)
+        name = rank_name(peer, self._plan.grid)
         return self.start(lambda: dist.isend(tensor, peer, self.group), what, name, (tensor,))
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        name = rank_name(peer, self._plan.num_replicas)
+        name = rank_name(peer, self._plan.grid)
         return self.start(lambda: dist.irecv(tensor, peer, self.group), what, name, (tensor,))
 
     def start(
@@ -235,7 +234,7 @@ def _channels(plan: Plan) -> list[Channel]:
         found += [_channel(plan, "tied", ranks, replica) for ranks in sorted(tied)]
     if plan.num_replicas > 1:
         for rank in range(plan.num_pipeline_ranks):
-            members = tuple(plan.world_rank(rank, r) for r in range(plan.num_replicas))
+            members = tuple(plan.grid.replicas_of(rank))
             found += [Channel(kind, members) for kind in ("gather", "reduce", "share")]
     if plan.world_size > 1 and opcodes & {Opcode.CHECK_FINITE, Opcode.CLIP}:
         found.append(Channel("world", tuple(range(plan.world_size))))

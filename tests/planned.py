@@ -75,9 +75,13 @@ def plan_of(
     recompute: bool = False,
     partition: int = 3,
     options: PlanOptions | None = None,
+    stage_ranks: tuple[int, ...] | None = None,
     **choices: Any,
 ) -> Plan:
-    """A plan with these stages; `choices` are further fields of its Placement."""
+    """A plan with these stages, s on rank s mod P unless `stage_ranks` says where.
+
+    `choices` are further fields of its Placement.
+    """
     graph = traced(model_file).layer_graph(micro_batch_size)
     assert boundaries[-1] == len(graph.layers)
     num_stages = len(boundaries) - 1
@@ -85,7 +89,7 @@ def plan_of(
         num_replicas=num_replicas,
         num_pipeline_ranks=num_pipeline_ranks,
         boundaries=boundaries,
-        stage_ranks=tuple(stage % num_pipeline_ranks for stage in range(num_stages)),
+        stage_ranks=stage_ranks or tuple(s % num_pipeline_ranks for s in range(num_stages)),
         micro_batch_size=micro_batch_size,
         num_micro_batches=num_micro_batches,
         partition=partition if num_replicas > 1 else 0,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from planner.cluster.types import Cluster, Device, Host, Link
+from planner.layouts import Layout
 from planner.plan.types import Instruction, Opcode, Plan, PlanOptions, Unit
 from planner.schedules import Schedule
 
@@ -15,6 +16,7 @@ def minimal_plan(
     *,
     pairs: Iterable[tuple[int, int]] | None = None,
     tied: Iterable[tuple[int, ...]] = (),
+    layout: Layout = Layout.REPLICAS_INSIDE,
     deadline_seconds: float = 30.0,
     heartbeat_seconds: float = 3.0,
 ) -> Plan:
@@ -69,6 +71,7 @@ def minimal_plan(
         programs=tuple(tuple(program) for program in programs),
         evaluation=(),
         buffers=((),) * num_pipeline_ranks,
+        layout=layout,
     )
 
 

@@ -66,7 +66,7 @@ def _placement(chooser: random.Random) -> Placement:
         num_ranks,
         num_micro_batches,
         num_replicas=num_replicas,
-        partition=chooser.choice((0, 3)) if num_replicas > 1 else 0,
+        partition=chooser.choice((0, 1, 2, 3)) if num_replicas > 1 else 0,
         num_weight_buffers=chooser.randint(1, 3),
         num_gradient_buffers=chooser.randint(1, 3),
     )
@@ -76,12 +76,25 @@ def _placement(chooser: random.Random) -> Placement:
     return replace(
         placement,
         boundaries=tuple(boundaries),
+        stage_ranks=_stage_ranks(chooser, placement, schedule),
         recompute=tuple(chooser.random() < 0.3 for _ in range(num_stages)),
         schedule=schedule,
         group_size=chooser.randint(num_ranks, max(num_ranks, num_micro_batches)),
         offload_state=chooser.random() < 0.3,
         offload_inputs=chooser.random() < 0.3,
     )
+
+
+def _stage_ranks(
+    chooser: random.Random, placement: Placement, schedule: Schedule
+) -> tuple[int, ...]:
+    """Sometimes anywhere, where the schedule permits it; no rank is idle."""
+    if schedule not in (Schedule.LAYERED, Schedule.PLAIN) or chooser.random() < 0.5:
+        return placement.stage_ranks
+    ranks = range(placement.num_pipeline_ranks)
+    found = [*ranks, *chooser.choices(ranks, k=placement.num_stages - len(ranks))]
+    chooser.shuffle(found)
+    return tuple(found)
 
 
 def _graph(chooser: random.Random, placement: Placement) -> LayerGraph:

@@ -11,6 +11,7 @@ from planner.solve import Constraints, Placement, Problem, Simulated
 from planner.solve.build import Builder
 from planner.solve.choices import Choice
 from planner.solve.instance import rank_units, step_ticks
+from planner.solve.types import Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +167,21 @@ def choice_of(placement: Placement) -> Choice:
         micro_batch_size=placement.micro_batch_size,
         num_micro_batches=placement.num_micro_batches,
         partition=placement.partition,
-        recompute=all(placement.recompute),
+        recompute=_same(placement.recompute),
+        offload_state=placement.offload_state,
+        offload_inputs=placement.offload_inputs,
+        num_buffers=placement.num_weight_buffers,
+        layout=placement.layout,
     )
+
+
+def _same(recompute: tuple[bool, ...]) -> bool | None:
+    """What all stages have in common, if anything."""
+    return recompute[0] if len(set(recompute)) == 1 else None
+
+
+def split_of(placement: Placement) -> Split:
+    return Split(boundaries=placement.boundaries, recompute=placement.recompute)
 
 
 def formula(problem: Problem, *, excess_bytes: int = 0) -> Callable[[Placement], Simulated]:
@@ -176,9 +190,9 @@ def formula(problem: Problem, *, excess_bytes: int = 0) -> Callable[[Placement],
 
     def simulate(placement: Placement) -> Simulated:
         instance = builder.instance(choice_of(placement))
-        units = rank_units(instance, placement.boundaries)
+        units = rank_units(instance, split_of(placement))
         return Simulated(
-            step_seconds=step_ticks(instance, placement.boundaries) * instance.tick_seconds,
+            step_seconds=step_ticks(instance, split_of(placement)) * instance.tick_seconds,
             peak_bytes=tuple(count * instance.unit_bytes + excess_bytes for count in units),
         )
 

@@ -29,6 +29,8 @@ LAYOUTS = [
     {"schedule": Schedule.ZERO_BUBBLE, "offload_state": True},
     {"schedule": Schedule.LAYERED, "num_replicas": 2, "partition": 3},
     {"schedule": Schedule.PLAIN, "num_replicas": 2, "partition": 3},
+    {"schedule": Schedule.LAYERED, "num_replicas": 2, "partition": 1},
+    {"schedule": Schedule.LAYERED, "num_replicas": 2, "partition": 2, "offload_state": True},
     {"schedule": Schedule.ONE_F_ONE_B, "num_replicas": 2, "partition": 0},
 ]
 

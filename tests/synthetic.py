@@ -5,6 +5,7 @@ from typing import Any
 
 from planner.cluster.types import Cluster, Device, Host, Link
 from planner.graph import LayerGraph, LayerNode, ParameterSpec, TensorSpec
+from planner.layouts import Layout
 from planner.lower import lower
 from planner.plan.code import Reference, Statement
 from planner.plan.types import Plan, PlanOptions
@@ -198,13 +199,15 @@ def chain_placement(
     group_size: int = 0,
     offload_state: bool = False,
     offload_inputs: bool = False,
+    layout: Layout = Layout.REPLICAS_INSIDE,
+    stage_ranks: tuple[int, ...] | None = None,
 ) -> Placement:
-    """Equal stages on rank s mod P."""
+    """Equal stages, s on rank s mod P unless `stage_ranks` says where."""
     return Placement(
         num_replicas=num_replicas,
         num_pipeline_ranks=num_pipeline_ranks,
         boundaries=tuple(range(0, num_stages * layers_per_stage + 1, layers_per_stage)),
-        stage_ranks=tuple(stage % num_pipeline_ranks for stage in range(num_stages)),
+        stage_ranks=stage_ranks or tuple(s % num_pipeline_ranks for s in range(num_stages)),
         micro_batch_size=1,
         num_micro_batches=num_micro_batches,
         partition=partition,
@@ -215,6 +218,7 @@ def chain_placement(
         group_size=group_size,
         offload_state=offload_state,
         offload_inputs=offload_inputs,
+        layout=layout,
     )
 
 

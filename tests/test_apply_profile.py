@@ -51,6 +51,7 @@ def made(traced: TracedModel, **seconds_at: float) -> MeasuredModel:
                 profile=replace(
                     profile, **{f"{part}_seconds": found.median for part, found in parts.items()}
                 ),
+                optimizer_bytes=0,
                 forward_peak_bytes=0,
                 backward_peak_bytes=0,
                 **parts,

@@ -45,10 +45,42 @@ backend: gloo
 """
 
 
+BOARD = """
+hosts:
+  - device:
+      name: board
+      memory_bytes: 16e9
+      reserved_bytes: 1e9
+      peak_flops: {float32: 10e12}
+      memory_bandwidth: 500e9
+    count: 2
+    link: pcie4
+network: ethernet-25
+"""
+CLUSTERS = {
+    "cluster": CLUSTER,
+    "no_memory": CLUSTER.replace("count: 2", "count: 2, memory_bytes: 0").replace(
+        "name: two processes", ""
+    ),
+    "torn": """
+hosts:
+  - {name: left, device: v100-32, count: 1}
+  - {name: middle, device: v100-32, count: 1}
+  - {name: right, device: v100-32, count: 1}
+links:
+  - {between: [left, middle], link: ethernet-25}
+  - {between: [middle, right], link: ethernet-25}
+""",
+    "negative": BOARD.replace("memory_bytes: 16e9", "memory_bytes: -16e9"),
+    "full": BOARD.replace("reserved_bytes: 1e9", "reserved_bytes: 16e9"),
+}
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "small.py").write_text(MODEL)
-    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    for name, text in CLUSTERS.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -135,7 +167,36 @@ def test_what_is_no_model_file(folder: Path, model: str) -> None:
         (("--gpus", "4"), "2 devices"),
         (("--cluster", "a100"), "did you mean a100-40 or a100-80"),
         (("--cluster", "small.py"), "unknown cluster"),
-        (("--memory-limit", "5kB", "--pipeline-ranks", "1", "--replicas", "1"), "pipeline rank 0"),
+        (("--memory-limit", "1kB", "--pipeline-ranks", "1", "--replicas", "1"), "pipeline rank 0"),
+        (("--memory-limit", "-5GB"), "'-5GB' is not a number of bytes"),
+        (("--memory-limit", "0"), "is no memory at all"),
+        (("--memory-limit", "40GB"), "--memory-limit 40GB is more than the 34.4 GB of memory that"),
+        (("--batch-size", "1", "--replicas", "2"), "batch of 1 samples is less than --replicas 2"),
+        (
+            ("--batch-size", "6", "--replicas", "2", "--micro-batches", "4"),
+            "batch of 6 samples is less than --replicas 2 x --micro-batches 4 = 8",
+        ),
+        (
+            ("--batch-size", "9", "--replicas", "2"),
+            "batch of 9 samples is not divisible by replicas 2",
+        ),
+        (("--replicas", "2", "--pipeline-ranks", "2"), "need 4 devices, but only 2"),
+        (("--partition", "3", "--replicas", "1"), "--partition 3 divides the state among replicas"),
+        (("--partition", "1", "--pipeline-ranks", "2"), "--pipeline-ranks 2 of --gpus 2 leave one"),
+        (("--partition", "4"), "'4' is not one of"),
+        (("--buffers", "0"), "0 is not in the range"),
+        (("--offload-state", "--no-offload-state", "--buffers", "-1"), "-1 is not in the range"),
+        (
+            ("--cluster", "no_memory.yaml", "--offload-state"),
+            "--offload-state needs host memory, but memory_bytes of a host of no_memory is 0",
+        ),
+        (
+            ("--cluster", "no_memory.yaml", "--offload-inputs"),
+            "--offload-inputs needs host memory",
+        ),
+        (("--cluster", "torn.yaml"), "torn.yaml: no link between left and right"),
+        (("--cluster", "negative.yaml"), "negative.yaml: hosts.0.device.memory_bytes.value = -16"),
+        (("--cluster", "full.yaml"), "reserved_bytes 1.6e+10 leave nothing of memory_bytes 1.6e+1"),
         (("--output", "."), "it is a folder"),
         (("--output", "small.py"), "it is an input"),
         (("--output", "missing/a.yaml"), "mkdir -p missing"),

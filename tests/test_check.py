@@ -38,6 +38,13 @@ GOOD: dict[str, Callable[[], Plan]] = {
         4, 1, 3, num_replicas=2, partition=3, num_weight_buffers=1, num_gradient_buffers=1
     ),
     "tied and skips": lambda: chain_plan(8, 4, 3, tied=((0, 7),), skips=((0, 5), (1, 7), (2, 6))),
+    "optimizer partitioned": lambda: chain_plan(5, 2, 3, num_replicas=3, partition=1),
+    "gradients partitioned": lambda: chain_plan(
+        4, 2, 2, tied=((0, 3),), num_replicas=2, partition=2, options=EVERYTHING
+    ),
+    "gradients partitioned, offloaded": lambda: chain_plan(
+        4, 2, 2, offload_state=True, num_replicas=2, partition=2, options=EVERYTHING
+    ),
     "tied, partitioned": lambda: chain_plan(
         8, 4, 3, tied=((0, 4), (0, 7)), num_replicas=2, partition=3
     ),
@@ -189,7 +196,7 @@ def test_tables_that_the_lowering_never_makes() -> None:
     plan = chain_plan(2, 1, 1, num_replicas=2)
     (key,) = plan.batch
     for bad in (
-        replace(plan, partition=1),
+        replace(plan, partition=4),
         replace(plan, num_replicas=1, partition=3),
         replace(plan, batch=(replace(key, shape=(2, 1)),)),
         replace(plan, units=(replace(plan.units[0], ranks=(0, 0)), plan.units[1])),

@@ -54,9 +54,9 @@ def plan(*arguments: str) -> Result:
 
 
 def test_plan_check_show(folder: Path) -> None:
-    made = plan("--gpus", "4", "--pipeline-ranks", "2", "--micro-batches", "2")
+    made = plan("--gpus", "4", "--replicas", "2", "--pipeline-ranks", "2", "--micro-batches", "2")
     assert made.exit_code == 0, made.output
-    for words in ("no --batch-size given: 32 samples", "placement", "bubble", "gap", "uniform",
+    for words in ("no --global-batch given: 32 samples", "placement", "bubble", "gap", "uniform",
                   "greedy", "10 of 10 rules hold",
                   "plan      written to small.plan.yaml"):  # fmt: skip
         assert words in made.output
@@ -95,7 +95,7 @@ def test_the_same_command_writes_the_same_plan(folder: Path) -> None:
         (("--gpus", "two"), "not a valid integer"),
         (("--gpus", "2", "--cluster", "a100-88"), "unknown cluster"),
         (("--gpus", "2", "--memory-limit", "lots"), "not a number of bytes"),
-        (("--gpus", "2", "--partition", "2"), "partition"),
+        (("--gpus", "2", "--partition", "4"), "partition"),
         (("--gpus", "4", "--replicas", "3", "--pipeline-ranks", "2"), "replicas"),
         (("--gpus", "2", "--batch-size", "7", "--replicas", "2"), "7"),
         (("--gpus", "2", "--output", "missing/a.yaml"), "cannot write"),

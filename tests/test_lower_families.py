@@ -141,7 +141,7 @@ def plans(draw: st.DrawFn) -> Plan:
     num_ranks, loops = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     num_stages = num_ranks * (1 if schedule in ONE_STAGE else loops)
     if schedule in (Schedule.LAYERED, Schedule.PLAIN, Schedule.FORWARD):
-        num_stages = draw(st.integers(1, 3 * num_ranks))
+        num_stages = draw(st.integers(num_ranks, 3 * num_ranks))
     last = num_stages - 1
     pairs = st.tuples(st.integers(0, last), st.integers(0, last)).map(sorted).map(tuple)
     tied = draw(st.lists(pairs.filter(lambda p: p[0] < p[1]), max_size=2)) if last else []
@@ -163,7 +163,7 @@ def plans(draw: st.DrawFn) -> Plan:
             schedule=schedule,
             group_size=draw(st.integers(1, 8)),
             num_replicas=draw(st.integers(1, 3)),
-            partition=draw(st.sampled_from([0, 3])),
+            partition=draw(st.integers(0, 3)),
             recompute=draw(st.booleans()),
             num_weight_buffers=draw(st.integers(1, 4)),
             num_gradient_buffers=draw(st.integers(1, 4)),

@@ -1,5 +1,6 @@
 """Layers on real tensors: what is materialised, what is run, and what it needs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from zoo import PATHS
 from planner.errors import ModelFileError
 from planner.measure.clock import seconds_of
 from planner.measure.measured import MeasuredSize
+from planner.measure.optimizer_state import measure_optimizer
 from planner.measure.real_model import RealModel, random_values
 from planner.measure.timing import time_layers
 from planner.model_file import ModelFile, load_model_file, model_from_functions
@@ -97,6 +99,36 @@ def test_layers_without_trained_parameters_have_no_update() -> None:
     ).layers
     assert first.update.median == first.backward.median == 0
     assert second.update.median > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "kept_bytes"),
+    [
+        (None, 2 * 4 * (8 * 8 + 8) + 2 * 4),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 4 * (8 * 8 + 8)),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), 3 * 4 * (8 * 8 + 8) + 2 * 4),
+        (torch.optim.Adafactor, 4 * (8 + 8) + 4 * 8 + 2 * 4),  # a row and a column; a bias whole
+    ],
+)
+def test_bytes_of_the_optimizer_are_counted_and_foretold(build: Any, kept_bytes: int) -> None:
+    def build_model() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        model[0].requires_grad_(False)
+        return model
+
+    def example_batch(batch_size: int) -> own.Batch:
+        return {"input": torch.randn(batch_size, 8), "y": torch.randn(batch_size, 4)}
+
+    model_file = replace(
+        model_from_functions(build_model, example_batch, loss_fn=own.square), build_optimizer=build
+    )
+    graph = trace(model_file).layer_graph(2)
+    foretold = measure_optimizer(model_file, graph.parameters).num_bytes
+    layers = timed(model_file, 2).layers
+    assert [layer.optimizer_bytes for layer in layers[:2]] == [0, kept_bytes]
+    for layer, node in zip(layers, graph.layers, strict=True):
+        assert layer.optimizer_bytes == sum(foretold.get(name, 0) for name in node.parameters)
 
 
 class _Indices(nn.Module):

@@ -76,6 +76,16 @@ CASES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
         {"num_replicas": 2, "num_pipeline_ranks": 2, "offload_inputs": True},
     ),
     "whole replicas": ("skips", (0, 2, 4, 6), {"num_replicas": 2, "partition": 0}),
+    "parts of updates": (
+        "chain",
+        _FOUR,
+        {"num_replicas": 2, "num_pipeline_ranks": 2, "partition": 1, "options": _ALL},
+    ),
+    "parts of gradients": (
+        "tied",
+        _FOUR,
+        {"num_replicas": 2, "num_pipeline_ranks": 2, "partition": 2, "offload_state": True},
+    ),
     "1f1b": ("chain", (0, 2, 4), {"num_pipeline_ranks": 2, "schedule": Schedule.ONE_F_ONE_B}),
     "1f1b replicas": (
         "skips",

@@ -22,6 +22,10 @@ GOOD: dict[str, Callable[[], Plan]] = {
     "three ranks": lambda: chain_plan(5, 3, 2, skips=((0, 3),)),
     "recompute": lambda: chain_plan(4, 2, 2, recompute=True),
     "partitioned": lambda: chain_plan(4, 2, 2, num_replicas=2, partition=3),
+    "optimizer partitioned": lambda: chain_plan(4, 2, 2, num_replicas=2, partition=1),
+    "gradients partitioned": lambda: chain_plan(
+        3, 2, 2, num_replicas=2, partition=2, options=ALL_OPTIONS, offload_state=True
+    ),
     "tied and skips": lambda: chain_plan(4, 2, 2, tied=((0, 3),), skips=((0, 2), (0, 3))),
     "tied on one rank": lambda: chain_plan(4, 2, 2, tied=((0, 2),)),
     "options": lambda: chain_plan(4, 2, 2, options=ALL_OPTIONS),
@@ -165,6 +169,18 @@ BROKEN: dict[str, tuple[str, Callable[[], Plan]]] = {
             0,
             is_(GATHER),
         ),
+    ),
+    "updated parts that are not gathered": (
+        "end",
+        lambda: dropped(chain_plan(num_replicas=2, partition=1), 0, is_(GATHER)),
+    ),
+    "updated parts that are gathered twice": (
+        "count",
+        lambda: doubled(chain_plan(num_replicas=2, partition=2), 0, is_(GATHER)),
+    ),
+    "parts gathered before their update": (
+        "race",
+        lambda: behind(chain_plan(num_replicas=2, partition=2), 0, is_(GATHER), is_(BACKWARD)),
     ),
     "an update without its verdict": (
         "count",

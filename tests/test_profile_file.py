@@ -46,6 +46,7 @@ def measured_layer(*names: str, signature: str = "a", scale: float = 1.0) -> Mea
             backward_transient_bytes=64,
             **{f"{part}_seconds": found.median for part, found in parts.items()},
         ),
+        optimizer_bytes=24,
         forward_peak_bytes=32,
         backward_peak_bytes=65,
         **parts,
@@ -96,9 +97,9 @@ def test_a_profile_of_everything_optional_reads_back_equal() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("lga_profile: 1", "lga_profile: 2", "has version 2"),
-        ("lga_profile: 1", "lga_plan: 1", "it has no key lga_profile"),
-        ("lga_profile: 1", "- lga_profile", "is not YAML"),
+        ("lga_profile: 2", "lga_profile: 1", "has version 1"),
+        ("lga_profile: 2", "lga_plan: 1", "it has no key lga_profile"),
+        ("lga_profile: 2", "- lga_profile", "is not YAML"),
         ("fingerprint:", "finger:", "fingerprint: Field required"),
         ("kind: cpu", "kind: tpu", "device.kind: Input should be 'cpu' or 'cuda'"),
         ("micro_batch_size: 4", "micro_batch_size: 1", "has micro-batch sizes [1, 1]"),
@@ -115,6 +116,7 @@ def test_a_profile_of_everything_optional_reads_back_equal() -> None:
         ("layers: [two, three]", "layers: [three, two]", "with the profile of 'two'"),
         ("forward_seconds: 0.001\n", "forward_seconds: 0.002\n", "is not the median"),
         ("forward_seconds: 0.001\n", "forward_seconds: null\n", "is not the median"),
+        ("optimizer_bytes: 24", "optimizer_bytes: -1", "with optimizer_bytes -1, less than 0"),
         ("spread: 0.000125", "spread: -1.0", "not finite and 0 or more"),
         ("spread: 0.000125", "spread: .nan", "not finite and 0 or more"),
         ("num_repeats: 1", "num_repeats: !!python/name:os.system ''", "is not YAML of plain data"),
@@ -144,10 +146,10 @@ def test_no_cut_of_a_profile_is_accepted() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: &a [1, 1]\nb: &b [*a, *a]\nlga_profile: 1\n", "has an alias (*a)"),
-        ("a: &a [*a]\nlga_profile: 1\n", "has an alias (*a)"),
-        ("lga_profile: 1\na: " + "[" * 100_000, "deep"),
-        ("lga_profile: 1\na:\n  " + "- " * 100_000, "deep"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nlga_profile: 2\n", "has an alias (*a)"),
+        ("a: &a [*a]\nlga_profile: 2\n", "has an alias (*a)"),
+        ("lga_profile: 2\na: " + "[" * 100_000, "deep"),
+        ("lga_profile: 2\na:\n  " + "- " * 100_000, "deep"),
     ],
 )
 def test_small_files_that_would_fill_memory(text: str, words: str) -> None:

@@ -75,7 +75,7 @@ def plan(*arguments: str) -> Result:
 def test_measured_layers_are_written_shown_and_planned_with(folder: Path) -> None:
     made = profile("--micro-batch-size", "4,2")
     assert made.exit_code == 0, made.output
-    for words in ("and 3 more", "update", "spread", "counted", "all layers",
+    for words in ("and 3 more", "update", "spread", "counted", "optimizer", "all layers",
                   "updates with SGD", "profile   written to small.profile.yaml"):  # fmt: skip
         assert words in made.output
     measured = read_profile(folder / "small.profile.yaml")
@@ -86,6 +86,9 @@ def test_measured_layers_are_written_shown_and_planned_with(folder: Path) -> Non
         names = [name for layer in size.layers for name in layer.layers]
         assert len(names) == len(set(names)) == 6
         assert [len(layer.layers) for layer in size.layers] == [1, 4, 1]
+        assert [layer.optimizer_bytes for layer in size.layers] == [
+            layer.profile.parameter_bytes for layer in size.layers
+        ]
     planned = plan(
         "--micro-batch-size", "4", "--batch-size", "8", "--stages-per-rank", "1", "--no-recompute"
     )

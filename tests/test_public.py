@@ -18,7 +18,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.errors",),
     (
         "planner.files",
+        "planner.heap",
+        "planner.layouts",
         "planner.operators",
+        "planner.partitions",
         "planner.passages",
         "planner.schedules",
         "planner.storages",
@@ -42,17 +45,26 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.lower",),
     ("planner.simulate",),
     ("planner.check",),
+    ("planner.order",),
     ("planner.predict",),
     ("planner.export",),
     ("planner.apply_profile",),
+    ("planner.host_memory",),
+    ("planner.explain.alternating", "planner.explain.types"),
+    ("planner.any_schedule",),
+    ("planner.explain",),
+    ("planner.best_schedule",),
+    ("planner.prepare",),
     ("planner.pipeline",),
+    ("planner.batch",),
     ("planner.report",),
     ("planner.console",),
     ("planner.cli",),
 )
 """Earlier may be imported by later; a name covers the modules below it that have no own level.
 
-The `types` of cluster and solve are data that a plan or an order is made of: they come early.
+The `types` of cluster and solve are data that a plan or an order is made of: they come early. So
+does the search that the choice of a schedule and the explanation of one share.
 """
 RUNTIME_MAY_IMPORT = (
     "planner.cluster.accelerator",
@@ -68,6 +80,8 @@ RUNTIME_MAY_IMPORT = (
     "planner.export.timeline_file",
     "planner.files",
     "planner.graph",
+    "planner.heap",
+    "planner.layouts",
     "planner.model_file",
     "planner.operators",
     "planner.passages",

@@ -111,8 +111,10 @@ def test_a_gradient_that_is_not_finite_updates_nothing_anywhere(
 
 
 @pytest.mark.parametrize("offload_state", [False, True])
-@pytest.mark.parametrize("num_replicas", [1, 2])
-def test_a_checkpoint_is_the_state_after_its_step(num_replicas: int, offload_state: bool) -> None:
+@pytest.mark.parametrize(("num_replicas", "partition"), [(1, 0), (2, 1), (2, 2), (2, 3)])
+def test_a_checkpoint_is_the_state_after_its_step(
+    num_replicas: int, partition: int, offload_state: bool
+) -> None:
     model_file = linears()
     options = PlanOptions(deadline_seconds=20, save=True)
     made = plan_of(
@@ -120,6 +122,7 @@ def test_a_checkpoint_is_the_state_after_its_step(num_replicas: int, offload_sta
         (0, 2, 5),
         num_pipeline_ranks=2,
         num_replicas=num_replicas,
+        partition=partition,
         offload_state=offload_state,
         options=options,
     )

@@ -150,11 +150,12 @@ def test_bytes_of_messages_are_those_of_their_tensors(seed: int) -> None:
                 wanted[f"link port of rank {instruction.peer}, in"] += num_bytes
             elif unit is not None:
                 whole = unit.num_elements * DTYPE_BYTES[unit.dtype]
-                part = -(-unit.num_elements // plan.num_replicas) if plan.partition else None
+                divides = plan.partition >= 2
+                part = -(-unit.num_elements // plan.num_replicas) if divides else None
                 reduced = whole if part is None else part * DTYPE_BYTES[unit.dtype]
                 leaving = {
-                    Opcode.GATHER: whole * share,
-                    Opcode.REDUCE: whole * share * (1 if plan.partition else 2),
+                    Opcode.GATHER: whole * share if plan.partition else 0.0,  # a copy
+                    Opcode.REDUCE: whole * share * (1 if divides else 2),
                     Opcode.REDUCE_TIED: 2 * reduced * (len(unit.ranks) - 1) / len(unit.ranks),
                 }.get(instruction.opcode, 0.0)
             for way in ("in", "out"):

@@ -12,13 +12,14 @@ from solve_chain import Layer, make_cluster, make_problem
 from planner.solve.bounds import least_rank_units, least_step_ticks
 from planner.solve.build import Builder
 from planner.solve.choices import Choice
+from planner.solve.classes import bytes_by_class
 from planner.solve.instance import (
     Instance,
+    RankTables,
     overflow_units,
     rank_units,
     step_ticks,
 )
-from planner.solve.memory import bytes_by_class
 from planner.solve.model import solve_split
 from planner.solve.splits import (
     balanced_split,
@@ -28,6 +29,8 @@ from planner.solve.splits import (
     uniform_split,
     warm_start,
 )
+from planner.solve.tables import Table
+from planner.solve.types import Split
 
 
 def random_layers(seed: int, num_layers: int, *, tied: bool = False) -> list[Layer]:
@@ -83,6 +86,12 @@ def make_instance(
     )
 
 
+def splits_of(instance: Instance) -> list[Split]:
+    """Every split of an instance, its recompute as its choice has it."""
+    splits = all_splits(instance.num_layers, instance.choice.num_stages)
+    return [instance.choice.split(boundaries) for boundaries in splits]
+
+
 def all_splits(num_layers: int, num_stages: int) -> list[tuple[int, ...]]:
     return [
         (0, *cuts, num_layers)
@@ -91,11 +100,7 @@ def all_splits(num_layers: int, num_stages: int) -> list[tuple[int, ...]]:
 
 
 def brute_force(instance: Instance) -> int | None:
-    found = [
-        step_ticks(instance, split)
-        for split in all_splits(instance.num_layers, instance.choice.num_stages)
-        if fits(instance, split)
-    ]
+    found = [step_ticks(instance, split) for split in splits_of(instance) if fits(instance, split)]
     return min(found, default=None)
 
 
@@ -123,11 +128,11 @@ def test_cp_sat_equals_brute_force(
         message_seconds=seed % 2 * 2e-4,
     )
     best = brute_force(instance)
-    hint = uniform_split(7, ranks * stages)
-    split = solve_split(instance, hint=hint, window=None, time_limit_seconds=30, seed=0)
-    assert split.boundaries is not None
-    assert step_ticks(instance, split.boundaries) == best == split.bound_ticks
-    assert split.proved
+    hint = instance.choice.split(uniform_split(7, ranks * stages))
+    answer = solve_split(instance, hint=hint, window=None, time_limit_seconds=30, seed=0)
+    assert answer.split is not None
+    assert step_ticks(instance, answer.split) == best == answer.bound_ticks
+    assert answer.proved
     assert least_step_ticks(instance) <= best
 
 
@@ -144,20 +149,19 @@ def test_tight_memory(
         partition=partition,
         recompute=recompute,
     )
-    splits = all_splits(7, ranks * stages)
-    least = min(max(rank_units(instance, split)) for split in splits)
+    least = min(max(rank_units(instance, split)) for split in splits_of(instance))
     assert least_rank_units(instance) <= least
     for limit in (least, least - 1):
         tight = dataclasses.replace(instance, limit_units=(limit,) * ranks)
         hint = warm_start(tight)
-        split = solve_split(tight, hint=hint, window=None, time_limit_seconds=30, seed=0)
-        assert split.proved
+        answer = solve_split(tight, hint=hint, window=None, time_limit_seconds=30, seed=0)
+        assert answer.proved
         if limit == least:
-            assert split.boundaries is not None
-            assert fits(tight, split.boundaries)
-            assert step_ticks(tight, split.boundaries) == brute_force(tight) == split.bound_ticks
+            assert answer.split is not None
+            assert fits(tight, answer.split)
+            assert step_ticks(tight, answer.split) == brute_force(tight) == answer.bound_ticks
         else:
-            assert split.boundaries is None
+            assert answer.split is None
             assert not fits(tight, hint)
 
 
@@ -188,27 +192,28 @@ def test_any_limit(
         partition=3 if replicas > 1 and seed % 2 else 0,
         recompute=recompute,
     )
-    peaks = [max(rank_units(instance, s)) for s in all_splits(num_layers, ranks * stages)]
+    peaks = [max(rank_units(instance, s)) for s in splits_of(instance)]
     limit = round(min(peaks) + share * (max(peaks) - min(peaks)))
     tight = dataclasses.replace(instance, limit_units=(limit,) * ranks)
     best = brute_force(tight)
-    split = solve_split(
+    answer = solve_split(
         tight, hint=warm_start(tight), window=None, time_limit_seconds=30, seed=seed % 100
     )
-    found = None if split.boundaries is None else step_ticks(tight, split.boundaries)
+    found = None if answer.split is None else step_ticks(tight, answer.split)
     assert found == best
     if best is not None:
-        assert least_step_ticks(tight) <= split.bound_ticks <= best
+        assert least_step_ticks(tight) <= answer.bound_ticks <= best
     assert least_rank_units(tight) <= min(peaks)
 
 
 def test_window_keeps_near_the_hint() -> None:
     instance = make_instance(random_layers(1, 30), ranks=3, stages=2)
-    hint = uniform_split(30, 6)
-    split = solve_split(instance, hint=hint, window=1, time_limit_seconds=30, seed=0)
-    assert split.boundaries is not None
-    assert all(abs(a - b) <= 1 for a, b in zip(split.boundaries, hint, strict=True))
-    assert step_ticks(instance, split.boundaries) <= step_ticks(instance, hint)
+    hint = instance.choice.split(uniform_split(30, 6))
+    answer = solve_split(instance, hint=hint, window=1, time_limit_seconds=30, seed=0)
+    assert answer.split is not None
+    pairs = zip(answer.split.boundaries, hint.boundaries, strict=True)
+    assert all(abs(a - b) <= 1 for a, b in pairs)
+    assert step_ticks(instance, answer.split) <= step_ticks(instance, hint)
 
 
 @pytest.mark.parametrize("num_stages", range(1, 8))
@@ -233,7 +238,7 @@ def test_simple_splits_are_splits(num_stages: int) -> None:
 def test_improve_never_worsens() -> None:
     for seed in range(10):
         instance = make_instance(random_layers(seed, 20), ranks=3, stages=2)
-        start = uniform_split(20, 6)
+        start = instance.choice.split(uniform_split(20, 6))
         assert step_ticks(instance, improve(instance, start, 500)) <= step_ticks(instance, start)
 
 
@@ -256,13 +261,8 @@ def test_classes_add_up_to_the_rank(replicas: int, partition: int, recompute: bo
     )
     instance = builder.instance(choice)
     assert instance.unit_bytes == 1
-    for split in all_splits(7, 4):
-        classes = [
-            bytes_by_class(
-                builder.figures_of(choice), choice, builder.memory_of(choice), split, rank
-            )
-            for rank in range(2)
-        ]
+    for split in splits_of(instance):
+        classes = [bytes_by_class(instance, split, rank) for rank in range(2)]
         assert [sum(c.values()) for c in classes] == rank_units(instance, split)
 
 
@@ -274,15 +274,16 @@ def test_memory_by_hand() -> None:
     ]
     instance = make_instance(layers, ranks=2, count=3)
     crossing, batch = 2 * 2 * 4, 3 * 2 * 4 * 4
-    in_flight = 2 * 2 * crossing
-    first = 4 * 40 + 3 * 200 + batch + in_flight + 14
-    last = 4 * 80 + 3 * (100 + crossing) + in_flight + 18
+    # Before backward begins, all outputs may still be on their way and three gradients have come.
+    first = 4 * 40 + 3 * 200 + batch + 3 * crossing + 3 * crossing
+    last = 4 * 80 + 3 * (100 + crossing) + 18
     small = dataclasses.replace(
         make_instance(layers, ranks=2, count=3, limit=2**20), limit_units=(first, last)
     )
     assert instance.unit_bytes > 1
-    assert rank_units(small, (0, 1, 2)) == [first, last]
-    assert overflow_units(small, (0, 1, 2)) == (0, 0)
+    split = small.choice.split((0, 1, 2))
+    assert rank_units(small, split) == [first, last]
+    assert overflow_units(small, split) == (0, 0)
 
 
 def uniform_instance(
@@ -294,22 +295,17 @@ def uniform_instance(
     base = make_instance(
         [Layer()] * num_layers, ranks=ranks, stages=stages, count=count, replicas=replicas
     )
-    zeros = (0,) * (num_layers + 1)
-    hops = ((0, *[hop] * (num_layers - 1), 0),)
-    return dataclasses.replace(
-        base,
-        forward=tuple(4 * index for index in range(num_layers + 1)),
-        backward=tuple(8 * index for index in range(num_layers + 1)),
-        update=zeros,
-        least_update=0,
-        gather=zeros,
-        gather_per_stage=0,
-        reduce=tuple(reduction * index for index in range(num_layers + 1)),
-        reduce_per_stage=0,
-        hops=hops,
-        gradient_hops=hops,
-        hop_kinds=(0,) * ranks,
-    )
+    table = (0, *[hop] * (num_layers - 1), 0)
+    (kind,) = base.kinds
+    nothing = {field.name: Table.of([0] * num_layers) for field in dataclasses.fields(kind)}
+    tables = {
+        "forward": Table.of([4] * num_layers),
+        "backward": Table.of([8] * num_layers),
+        "reduce": Table.of([reduction] * num_layers),
+    }
+    changed = RankTables(**{**nothing, **tables, "least_update": 0})  # type: ignore[arg-type]
+    hops = (table,) * len(base.hops)
+    return dataclasses.replace(base, kinds=(changed,), hops=hops, gradient_hops=hops)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +320,8 @@ def test_overhead_of_equal_stages(count: int, hop: int, overhead: float) -> None
     """Known makespans of the layered order on 4 ranks x 4 stages, with and without hops."""
     instance = uniform_instance(ranks=4, stages=4, count=count, hop=hop)
     ideal = 12 * 4 * count
-    assert step_ticks(instance, uniform_split(16, 16)) / ideal - 1 == pytest.approx(overhead)
+    split = instance.choice.split(uniform_split(16, 16))
+    assert step_ticks(instance, split) / ideal - 1 == pytest.approx(overhead)
 
 
 @pytest.mark.parametrize(("reduction", "exposed"), [(1, 1), (8, 8), (10, 10), (16, 16), (20, 32)])
@@ -334,6 +331,6 @@ def test_exposed_reduction(reduction: int, exposed: int) -> None:
     with_reduction = uniform_instance(
         ranks=4, stages=4, count=8, replicas=2, reduction=4 * reduction
     )
-    split = uniform_split(16, 16)
+    split = alone.choice.split(uniform_split(16, 16))
     found = step_ticks(with_reduction, split) - step_ticks(alone, split)
     assert found == 4 * exposed

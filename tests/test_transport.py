@@ -15,6 +15,7 @@ from torch import Tensor
 from transport_ranks import KINDS, SCENARIOS, SIZES, every_call, many_at_once, values
 
 from planner.errors import DeadlineError, PeerLostError
+from planner.layouts import Grid, Layout
 from planner.plan.types import Plan
 from runtime.local import LocalHub, LocalTransport, run_local
 
@@ -24,12 +25,14 @@ LAYOUTS = [
     minimal_plan(2, 1, tied=[(0, 1)]),
     minimal_plan(1, 4),
     minimal_plan(4, 1, tied=[(0, 1, 3), (0, 2)]),
-    minimal_plan(2, 2, tied=[(0, 1)]),
+    minimal_plan(2, 2, tied=[(0, 1)], layout=Layout.PIPELINE_INSIDE),
 ]
+RING = Grid(num_replicas=1, num_pipeline_ranks=2)
+UNEVEN = [minimal_plan(3, 2, tied=[(0, 2)], layout=layout) for layout in Layout]
 
 
 def name_of(plan: Plan) -> str:
-    return f"{plan.num_pipeline_ranks}x{plan.num_replicas}"
+    return f"{plan.num_pipeline_ranks}x{plan.num_replicas} {plan.layout}"
 
 
 class Job:
@@ -128,7 +131,7 @@ def assert_equal(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor
             assert torch.equal(tensor, wanted[key]), (rank, key)
 
 
-@pytest.mark.parametrize("plan", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("plan", [*LAYOUTS, *UNEVEN], ids=name_of)
 def test_every_call_between_threads(plan: Plan) -> None:
     found = run_local(plan, lambda transport, rank: every_call(transport, rank, plan))
     assert_equal(found, [expected_every_call(plan, rank) for rank in range(plan.world_size)])
@@ -190,18 +193,18 @@ def test_the_first_error_of_a_thread_is_raised() -> None:
 
 
 def test_abort_wakes_a_waiting_thread() -> None:
-    hub = LocalHub(2, 1, deadline_seconds=60)
-    pending = LocalTransport(hub, 0, 0).receive(1, torch.empty(1), "a message")
+    hub = LocalHub(RING, deadline_seconds=60)
+    pending = LocalTransport(hub, 0).receive(1, torch.empty(1), "a message")
     threading.Timer(0.1, hub.abort, [ValueError("teapot")]).start()
     with pytest.raises(PeerLostError, match="teapot"):
         pending.wait()
 
 
 def test_a_local_message_of_another_size_is_refused() -> None:
-    hub = LocalHub(2, 1, deadline_seconds=1)
-    LocalTransport(hub, 0, 0).send(1, torch.empty(3), "three")
+    hub = LocalHub(RING, deadline_seconds=1)
+    LocalTransport(hub, 0).send(1, torch.empty(3), "three")
     with pytest.raises(AssertionError, match="three sends 3 elements, not 4"):
-        LocalTransport(hub, 1, 0).receive(0, torch.empty(4), "four")
+        LocalTransport(hub, 1).receive(0, torch.empty(4), "four")
 
 
 def test_another_world_size_is_refused(tmp_path: Path) -> None:

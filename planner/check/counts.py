@@ -20,6 +20,7 @@ _DONE = {
     Opcode.UPDATE: "updated",
     Opcode.REDUCE: "reduced",
     Opcode.REDUCE_TIED: "reduced over pipeline ranks",
+    Opcode.GATHER: "gathered after its update",
 }
 
 
@@ -83,7 +84,8 @@ def _program_failures(plan: Plan) -> Iterator[tuple[int, Failure]]:
         for rank in unit.ranks:
             units[rank].append(unit)
     for rank, program in enumerate(plan.programs):
-        counts = Counter((i.opcode, i.unit) for i in program if i.opcode in _OF_GRADIENTS)
+        counted = {*_OF_GRADIENTS, *([Opcode.GATHER] if plan.gathers_updates else [])}
+        counts = Counter((i.opcode, i.unit) for i in program if i.opcode in counted)
         if plan.schedule is Schedule.FORWARD:
             for opcode, name in counts:
                 message = f"{opcode.value} in a program that has no gradients"
@@ -114,5 +116,7 @@ def _limits(plan: Plan, unit: Unit) -> Iterator[tuple[int, Opcode, int, int]]:
     reduced = once * (plan.num_replicas > 1)
     layered = plan.schedule is Schedule.LAYERED
     yield 6, Opcode.REDUCE, reduced, reduced if layered or not reduced else _UNLIMITED
+    if plan.gathers_updates:
+        yield 6, Opcode.GATHER, once, once
     tied = once * (len(unit.ranks) > 1)
     yield 10, Opcode.REDUCE_TIED, tied, tied

@@ -5,7 +5,16 @@ They are GATHER, REDUCE, REDUCE_TIED, CHECK_FINITE, CLIP, UPDATE and SAVE.
 
 from collections.abc import Iterable
 
-from planner.check.symbols import NAMED, STATE, UPDATED, Content, Gradient, State, describe
+from planner.check.symbols import (
+    MIXED,
+    NAMED,
+    STATE,
+    UPDATED,
+    Content,
+    Gradient,
+    State,
+    describe,
+)
 from planner.plan.types import Instruction, Opcode, Unit
 from planner.schedules import Schedule
 
@@ -17,6 +26,8 @@ def run_of_unit(state: State, rank: int, instruction: Instruction) -> None:
     unit = state.expected.units[instruction.unit or ""]
     state.find_reads(rank, instruction)
     match instruction.opcode:
+        case Opcode.GATHER if state.plan.gathers_updates:
+            _gather_updates(state, rank, instruction, unit)
         case Opcode.GATHER:
             _gather(state, rank, instruction, unit)
         case Opcode.REDUCE:
@@ -86,6 +97,14 @@ def _gather(state: State, rank: int, instruction: Instruction, unit: Unit) -> No
         state.held[rank][buffer] = unit.name
 
 
+def _gather_updates(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
+    """The parts that all replicas have updated, into the weights in place."""
+    shard, weights = f"shard:{unit.name}", f"weights:{unit.name}"
+    _operands(state, rank, instruction, [shard], "", 0, [weights])
+    state.need(rank, shard, UPDATED)
+    state.held[rank][weights] = UPDATED
+
+
 def _reduce(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
     """The sum is spent; what was reduced before is kept where the instruction reads it."""
     reduced = f"reduced:{unit.name}"
@@ -126,6 +145,8 @@ def _update(state: State, rank: int, instruction: Instruction, unit: Unit) -> No
         found = _take_sum(state, rank, instruction, unit, pool)
     _need_whole(state, rank, instruction, unit, found)
     held.update(dict.fromkeys(own, UPDATED))
+    if plan.gathers_updates:
+        held[f"weights:{unit.name}"] = MIXED
 
 
 def _save(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:

@@ -83,6 +83,11 @@ class Expected:
         replicas = self.plan.num_replicas if self.plan.partition else 1
         return -(-unit.num_elements // replicas)
 
+    def reduced_elements(self, unit: Unit) -> int:
+        """Elements of a unit's gradient on one replica, reduced over all of them."""
+        divided = self.plan.divides_gradients
+        return self.part_elements(unit) if divided else self.whole_elements(unit)
+
     def _moment_elements(self, unit: Unit) -> int:
         sizes = {p.name: p.num_elements for p in self.plan.parameters if p.trainable}
         trained = (sizes.get(name, 0) for name in unit.parameters)
@@ -182,6 +187,7 @@ class Expected:
         sizes = {
             "weights": self.whole_elements(unit),
             "part": unit.num_elements,
+            "reduced": self.reduced_elements(unit),
             "moments": self._moment_elements(unit) * self.plan.options.optimizer_slots,
         }
         num_elements = sizes.get(kind, self.part_elements(unit))

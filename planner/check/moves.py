@@ -26,7 +26,8 @@ def run_copy(state: State, rank: int, instruction: Instruction) -> None:
     if not evicts:
         device, host = host, device
     state.find_reads(rank, instruction)
-    if len(device) != 1 or host != (f"host:{device[0]}",) or not _may_leave(instruction, device[0]):
+    movable = len(device) == 1 and _may_leave(state, instruction, device[0])
+    if not movable or host != (f"host:{device[0]}",):
         message = f"{describe(instruction)} must move its shard, moments, boundary tensor, batch or"
         message += f" saved, but reads {' '.join(instruction.reads) or 'nothing'} and writes "
         state.fail(5, message + (" ".join(instruction.writes) or "nothing"), rank)
@@ -44,7 +45,7 @@ def run_release(state: State, rank: int, instruction: Instruction) -> None:
     is_pool = len(buffers) == 1 and buffers[0].startswith("weights:")
     if is_pool and not state.plan.gathers:
         state.fail(5, f"RELEASE of {instruction.unit}, whose weights stay in place", rank)
-    elif len(buffers) != 1 or not (is_pool or _may_leave(instruction, buffers[0])):
+    elif len(buffers) != 1 or not (is_pool or _may_leave(state, instruction, buffers[0])):
         message = f"{describe(instruction)} must release one buffer of its unit or micro-batch, "
         state.fail(5, message + f"but reads {' '.join(buffers) or 'nothing'}", rank)
     if instruction.writes != buffers:
@@ -70,9 +71,14 @@ def run_transfer(state: State) -> None:
                 state.held[receiver][buffer] = content
 
 
-def _may_leave(instruction: Instruction, buffer: str) -> bool:
-    """Whether the buffer is one that may live on the host, and the instruction says whose it is."""
+def _may_leave(state: State, instruction: Instruction, buffer: str) -> bool:
+    """Whether the buffer is one that may live on the host, and the instruction says whose it is.
+
+    A shard that is a part of whole weights stays with them.
+    """
     kind, _, subject = buffer.partition(":")
+    if kind == "shard" and state.plan.gathers_updates:
+        return False
     if kind in ("shard", "moments"):
         return subject == instruction.unit
     if kind_of(buffer) not in ("", "batch", "saved"):

@@ -59,18 +59,23 @@ def run_on_symbols(plan: Plan, order: PartialOrder, tasks: list[int]) -> dict[in
             if unfit[rank]:
                 state.fit(rank, programs[rank][index])
     if len(tasks) == len(order.members):
-        _check_host(state)
+        _check_end(state)
     return state.failures
 
 
-def _check_host(state: State) -> None:
-    """Rule 6 at the end of the step: the host holds the updated state, where the plan says so."""
+def _check_end(state: State) -> None:
+    """Rule 6 at the end of the step: the updated state is wherever the plan says it will be.
+
+    That is the host, and weights in place of which each replica updates a part.
+    """
     plan = state.plan
-    if plan.schedule is Schedule.FORWARD or not (plan.offload_state or plan.options.save):
+    hosts = ("shard", "moments") if plan.options.save else plan.offloaded
+    prefixes = [f"host:{kind}" for kind in hosts] + ["weights"] * plan.gathers_updates
+    if plan.schedule is Schedule.FORWARD:
         return
     for unit in plan.units:
         for rank in unit.ranks if unit.trainable else ():
-            for buffer in (f"host:shard:{unit.name}", f"host:moments:{unit.name}"):
+            for buffer in (f"{prefix}:{unit.name}" for prefix in prefixes):
                 found = state.held[rank].get(buffer)
                 if found != UPDATED:
                     state.cells = _last_writer(plan, rank, buffer) or end_of(plan, rank)
@@ -88,7 +93,8 @@ def _last_writer(plan: Plan, rank: int, buffer: str) -> tuple[Cell, ...]:
 def state_traffic(plan: Plan) -> Failure | None:
     """Rule 8: at most one gather per stage and pass, and one reduction, whatever M is.
 
-    The layered order and evaluation claim it; other schedules pass micro-batches too early.
+    The layered order and evaluation claim it; other schedules pass micro-batches too early. Updated
+    parts of weights are gathered once for all passes, which rule 6 asks of every order.
     """
     if not claims_traffic(plan):
         return None
@@ -100,7 +106,8 @@ def state_traffic(plan: Plan) -> Failure | None:
         )
         for unit in plan.units:
             local = sum(stage_ranks[stage] == rank for stage in unit.stages)
-            for opcode, most in ((Opcode.GATHER, num_passes * local), (Opcode.REDUCE, 1)):
+            gathers = 1 if plan.gathers_updates else num_passes * local
+            for opcode, most in ((Opcode.GATHER, gathers), (Opcode.REDUCE, 1)):
                 number = counts[opcode, unit.name]
                 if number > most:
                     message = f"rank {rank} has {number} {opcode.value} of {unit.name}, but its "

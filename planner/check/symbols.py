@@ -3,7 +3,8 @@
 A buffer that is named for its content (tensors, batch keys, saved) holds NAMED or nothing. A
 gradient or part holds the number of the stage that added to it last, which says that all later
 ones have, because each stage finds what the next one left. Weights hold their unit's name, state
-STATE or UPDATED, sums and reduced gradients a Gradient. Host copies hold what was copied.
+STATE or UPDATED, sums and reduced gradients a Gradient. Host copies hold what was copied. Weights
+in place of which a replica has updated its own part are MIXED until the parts are gathered.
 """
 
 from collections import Counter
@@ -15,11 +16,14 @@ from planner.check.types import Cell, Failure
 from planner.plan.names import buffer_key
 from planner.plan.types import Instruction, Plan
 
-__all__ = ["NAMED", "STATE", "UPDATED", "Content", "Gradient", "State", "describe", "words"]
+__all__ = [
+    "MIXED", "NAMED", "STATE", "UPDATED", "Content", "Gradient", "State", "describe", "words"
+]  # fmt: skip
 
 NAMED = True
 STATE = "the state before its update"
 UPDATED = "the updated state"
+MIXED = "weights that are updated in this replica's part alone"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,11 +72,11 @@ class State:
         self.failures: dict[int, Failure] = {}
         """The first failure of each rule."""
         self.held: list[dict[str, Content]] = [{} for _ in plan.programs]
-        place = "host:" if plan.offload_state else ""
+        places = {kind: "host:" if kind in plan.offloaded else "" for kind in ("shard", "moments")}
         for unit in plan.units:
             for rank in unit.ranks:
-                self.held[rank][f"{place}shard:{unit.name}"] = STATE
-                self.held[rank][f"{place}moments:{unit.name}"] = STATE
+                for kind, place in places.items():
+                    self.held[rank][f"{place}{kind}:{unit.name}"] = STATE
                 if not plan.gathers:
                     self.held[rank][f"weights:{unit.name}"] = unit.name
 
@@ -126,7 +130,7 @@ def words(content: Content) -> str:
             return f"a gradient of {content.unit}"
         case int():
             return f"what stage {content} and later ones added"
-    return content if content in (STATE, UPDATED) else f"the weights of {content}"
+    return content if content in (STATE, UPDATED, MIXED) else f"the weights of {content}"
 
 
 def describe(instruction: Instruction) -> str:

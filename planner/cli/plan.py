@@ -1,188 +1,121 @@
 """`lga-plan MODEL --gpus N`: make a plan, say what it costs and why, write it."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.text import Text
 
-from planner.cluster.resolve import DEFAULT_CLUSTER, resolve_cluster
-from planner.console import (
-    DEVICES,
-    HELP,
-    NORM,
-    SAMPLES,
-    SECONDS,
-    SEED,
-    check_can_write,
-    command_errors,
-    console,
+from planner.batch import (
+    Tried,
+    best_batch,
+    critical_batch_samples,
+    critical_batch_size,
+    sizes_in,
+    tokens_per_sample,
 )
+from planner.cli.explain import Questions, answer, explain_options
+from planner.cli.plan_options import plan_options
+from planner.cli.plan_request import PlanRequest
+from planner.cli.search_bar import search_bar
+from planner.cluster.resolve import resolve_cluster
+from planner.console import HELP, check_can_write, command_errors, console
+from planner.errors import UsageError
 from planner.measure.file import read_profile
-from planner.model_file import DEFAULT_SEQUENCE_LENGTH, load_model_file
-from planner.pipeline import DEFAULT_SAMPLES_PER_DEVICE, PlanResult, default_batch_size, make_plan
+from planner.model_file import load_model_file
+from planner.pipeline import PlanResult, find_plan
 from planner.plan.file import write_plan
+from planner.prepare import Prepared, default_batch_size, prepare
 from planner.report import (
     candidate_table,
     memory_table,
-    parse_bytes,
     placement_table,
     plan_lines,
     seconds_text,
     solution_lines,
 )
-from planner.solve import Constraints
+from planner.report.order import order_line, order_table
+from planner.report.training import batch_table, training_lines
 
 __all__ = ["main"]
 
 
 @click.command(context_settings=HELP)
-@click.argument("model")
-@click.option("--gpus", type=DEVICES, required=True, help="Devices to plan for.")
-@click.option(
-    "--cluster",
-    help="A device in its usual hosts (a100-80, h100-sxm, ...), `cpu` for processes of this "
-    "machine, or a cluster file ending in .yaml  [default: this machine's GPUs, else "
-    f"{DEFAULT_CLUSTER}]",
-)
-@click.option(
-    "--profile",
-    type=click.Path(path_type=Path),
-    help="File of lga-profile: layers take what was measured on this kind of device.",
-)
-@click.option(
-    "--batch-size",
-    type=SAMPLES,
-    help="Samples per step, over all devices  [default: what the other options imply, else "
-    f"{DEFAULT_SAMPLES_PER_DEVICE} per device]",
-)
-@click.option(
-    "--sequence-length",
-    type=SAMPLES,
-    help="Tokens per sample, where MODEL is a config.json  "
-    f"[default: {DEFAULT_SEQUENCE_LENGTH}, or the model's positions if it has fewer]",
-)
-@click.option("--micro-batch-size", type=SAMPLES, help="Samples per micro-batch.")
-@click.option("--micro-batches", type=SAMPLES, help="Micro-batches per replica and step.")
-@click.option("--replicas", type=DEVICES, help="Data-parallel replicas of the pipeline.")
-@click.option("--pipeline-ranks", type=DEVICES, help="Devices in the pipeline of one replica.")
-@click.option(
-    "--stages-per-rank", type=SAMPLES, help="Times that the pipeline goes round all its devices."
-)
-@click.option(
-    "--partition",
-    type=click.Choice(["0", "3"]),
-    help="0: every replica holds weights, gradients and optimizer state whole. 3: each holds a "
-    "part of them.",
-)
-@click.option(
-    "--recompute/--no-recompute",
-    default=None,
-    help="Keep only the inputs of stages and run forward again before backward, or keep all "
-    "activations.",
-)
-@click.option(
-    "--clip-norm",
-    type=NORM,
-    help="Scale the gradient down to this norm over the whole model. All updates then stand at the "
-    "end of the step.",
-)
-@click.option(
-    "--check-finite",
-    is_flag=True,
-    help="Update nothing in a step with a gradient that is not finite. All updates then stand at "
-    "the end of the step.",
-)
-@click.option(
-    "--memory-limit",
-    metavar="SIZE",
-    help="Memory to use per device, such as 40GB or 512MiB  [default: the device's memory, less "
-    "what is reserved]",
-)
-@click.option(
-    "--time-limit",
-    type=SECONDS,
-    default=20.0,
-    show_default=True,
-    help="Longest that the solver may search.",
-)
-@click.option(
-    "--seed",
-    type=SEED,
-    default=0,
-    show_default=True,
-    help="Of the solver, and of the run: weights, order of samples, dropout.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="File to write the plan to  [default: MODEL's name with .plan.yaml, in this folder]",
-)
+@plan_options
+@explain_options
 @command_errors()
-def main(
-    model: str,
-    gpus: int,
-    cluster: str | None,
-    profile: Path | None,
-    batch_size: int | None,
-    sequence_length: int | None,
-    micro_batch_size: int | None,
-    micro_batches: int | None,
-    replicas: int | None,
-    pipeline_ranks: int | None,
-    stages_per_rank: int | None,
-    partition: str | None,
-    recompute: bool | None,
-    clip_norm: float | None,
-    check_finite: bool,
-    memory_limit: str | None,
-    time_limit: float,
-    seed: int,
-    output: Path | None,
-) -> None:
+def main(questions: Questions, **words: Any) -> None:
     """Plan one training step of MODEL on a number of devices.
 
     MODEL is a Python file or module, or the config.json of a causal language model of the
     transformers library.
 
-    Whatever of mesh, micro-batches, partition and recomputation is not given is chosen, so that
-    the predicted step is shortest. Nothing is written unless a plan is found and proved.
+    Whatever of mesh, micro-batches, partition, recomputation, offload and buffers is not given is
+    chosen, so that the predicted step is shortest. Nothing is written unless a plan is found and
+    proved.
     """
-    constraints = Constraints(
-        num_replicas=replicas,
-        num_pipeline_ranks=pipeline_ranks,
-        stages_per_rank=stages_per_rank,
-        micro_batch_size=micro_batch_size,
-        num_micro_batches=micro_batches,
-        partition=None if partition is None else int(partition),
-        recompute=recompute,
-    )
-    limit = None if memory_limit is None else parse_bytes(memory_limit)
-    batch_size = batch_size or _default_batch_size(gpus, constraints)
-    model_file = load_model_file(model, sequence_length=sequence_length)
-    path = output if output is not None else Path(f"{model_file.name}.plan.yaml")
-    check_can_write(path, "--output", [model_file.path, cluster or "", profile or ""])
-    result = make_plan(
+    request = PlanRequest(**words)
+    request.refuse_contradictions()
+    if request.order is not None and (questions.explain or questions.what_if is not None):
+        raise UsageError(
+            f"--explain and --what-if compare schedules of families, not --schedule "
+            f"{request.order.value}",
+            hint="--schedule any, or leave the question out",
+        )
+    model_file = load_model_file(request.model, sequence_length=request.sequence_length)
+    path = request.output or Path(f"{model_file.name}.plan.yaml")
+    inputs = [model_file.path, request.cluster or "", request.profile or ""]
+    check_can_write(path, "--output", inputs)
+    questions.check([*inputs, path])
+    cluster = resolve_cluster(request.cluster, request.gpus)
+    request.refuse_on(cluster)
+    prepared = prepare(
         model_file,
-        num_devices=gpus,
-        cluster=resolve_cluster(cluster, gpus),
-        global_batch_size=batch_size,
-        constraints=constraints,
-        measured=None if profile is None else read_profile(profile),
-        memory_limit_bytes=limit,
-        clip_norm=clip_norm,
-        check_finite=check_finite,
-        time_limit_seconds=time_limit,
-        seed=seed,
-    )
+        num_devices=request.gpus,
+        cluster=cluster,
+        constraints=request.constraints,
+        measured=None if request.profile is None else read_profile(request.profile),
+        memory_limit_bytes=request.memory_limit_bytes,
+        clip_norm=request.clip_norm,
+        check_finite=request.check_finite,
+        time_limit_seconds=request.time_limit,
+        seed=request.seed,
+    ).with_order(request.order)
+    questions.check_model(prepared.graph)
+    result, tried = _planned(prepared, request)
     write_plan(result.plan, path)
-    _print_result(result, gpus)
+    _print_result(result, request.gpus)
+    if len(tried) > 1:
+        console.print(batch_table(request.training, tried))
+    for line in training_lines(request.training, result):
+        console.print(Text(line), soft_wrap=True)
     console.print(Text(f"plan      written to {path}"), soft_wrap=True)
+    answer(questions, result, partial(resolve_cluster, request.cluster))
 
 
-def _default_batch_size(gpus: int, constraints: Constraints) -> int:
-    found = default_batch_size(gpus, constraints)
-    console.print(f"no --batch-size given: {found} samples per step", highlight=False)
-    return found
+def _planned(prepared: Prepared, request: PlanRequest) -> tuple[PlanResult, tuple[Tried, ...]]:
+    """The plan of the batch asked for, or of the best in a range, and all that were tried."""
+    graph, batch = prepared.graph, request.global_batch
+    request.training.steps_with(1, tokens_per_sample(graph))  # refused now, not after the search
+    devices, constraints = request.gpus, request.constraints
+    if batch is not None and batch.least < batch.most:
+        sizes = sizes_in(batch, devices, constraints)
+        console.print(f"batches   {', '.join(map(str, sizes))} samples", highlight=False)
+        with search_bar() as listener:
+            return best_batch(prepared, sizes, lambda size: listener(f"{size} samples"))
+    if batch is not None:
+        size = batch.least
+    elif request.critical_batch:
+        size = critical_batch_size(graph, devices, constraints)
+        law = critical_batch_samples(graph)
+        words = f"critical batch: {size} samples per step, of {law:.0f} by the law"
+        console.print(words, highlight=False)
+    else:
+        size = default_batch_size(devices, constraints)
+        console.print(f"no --global-batch given: {size} samples per step", highlight=False)
+    with search_bar() as listener:
+        return find_plan(prepared.with_batch(size), listener("searching")), ()
 
 
 def _print_result(result: PlanResult, gpus: int) -> None:
@@ -209,5 +142,8 @@ def _print_result(result: PlanResult, gpus: int) -> None:
         console.print(Text(line), soft_wrap=True)
     if any(candidate.verdict != "best" for candidate in result.solution.candidates):
         console.print(candidate_table(result.solution))
+    if result.order is not None:
+        console.print(Text(order_line(result.order)), soft_wrap=True)
+        console.print(order_table(result.order))
     num_rules = len(result.report.verdicts)
     console.print(Text(f"checked   {num_rules} of {num_rules} rules hold"), soft_wrap=True)

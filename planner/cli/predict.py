@@ -27,9 +27,9 @@ from planner.graph import LayerGraph
 from planner.measure import measure, with_splits
 from planner.measure.optimizer_state import measure_optimizer
 from planner.model_file import DEFAULT_SEQUENCE_LENGTH, load_model_file
-from planner.pipeline import DEFAULT_SAMPLES_PER_DEVICE
 from planner.precision import Precision
 from planner.predict import Configuration, Predicted, configurations, predict, ranked
+from planner.prepare import DEFAULT_SAMPLES_PER_DEVICE
 from planner.profile import Profile
 from planner.report import bytes_text, parse_bytes
 from planner.report.predictions import (
@@ -112,10 +112,11 @@ class _Model:
 @click.option("--recompute/--no-recompute", default=None, help="Run forward again before backward.")
 @click.option(
     "--partition",
-    type=_Several(click.Choice(["0", "3"])),
+    type=_Several(click.Choice(["0", "1", "2", "3"])),
     default="0",
     show_default=True,
-    help="0: every replica holds the state whole. 3: each holds a part.",
+    help="What replicas divide among them: 1 optimizer state, 2 and gradients, 3 and weights; 0 "
+    "nothing.",
 )
 @click.option(
     "--precision",

@@ -2,7 +2,15 @@
 
 from planner.cluster.measure import measure_cpu
 from planner.cluster.resolve import known_clusters, resolve_cluster
-from planner.cluster.types import Allocator, Cluster, CollectiveAlgorithm, Device, Host, Link
+from planner.cluster.types import (
+    Allocator,
+    Cluster,
+    CollectiveAlgorithm,
+    Device,
+    Host,
+    HostLink,
+    Link,
+)
 
 __all__ = [
     "Allocator",
@@ -10,6 +18,7 @@ __all__ = [
     "CollectiveAlgorithm",
     "Device",
     "Host",
+    "HostLink",
     "Link",
     "known_clusters",
     "measure_cpu",

@@ -9,10 +9,17 @@ from importlib import resources
 
 from planner.cluster.files import did_you_mean, validate
 from planner.cluster.schema import DeviceProfile, LinkFile, LinkSpec
-from planner.cluster.types import Cluster, Host, Link
+from planner.cluster.types import Cluster, Device, Host, Link
 from planner.errors import ClusterError
 
-__all__ = ["device_names", "device_profile", "link_spec", "usual_cluster", "usual_network"]
+__all__ = [
+    "device_names",
+    "device_profile",
+    "link_spec",
+    "named_device",
+    "usual_cluster",
+    "usual_network",
+]
 
 _LINKS = "links.yaml"
 
@@ -48,6 +55,16 @@ def device_profile(name: str) -> DeviceProfile:
 
 
 @cache
+def named_device(name: str) -> Device:
+    """The same as the solver reads it: one object, however many hosts have it.
+
+    Raises:
+        ClusterError: no such device.
+    """
+    return device_profile(name).device.to_device(f"profile {name}")
+
+
+@cache
 def link_spec(name: str) -> LinkSpec:
     """The packaged link `name`.
 
@@ -76,7 +93,7 @@ def usual_cluster(name: str, num_devices: int, provenance: str) -> Cluster:
         ClusterError: no such device.
     """
     profile = device_profile(name)
-    device = profile.device.to_device(f"profile {name}")
+    device = named_device(name)
     link = link_spec(profile.host.link).to_link()
     full = profile.host.num_devices.value
     num_hosts = math.ceil(num_devices / full)

@@ -28,6 +28,7 @@ __all__ = [
     "DeviceSpec",
     "Figure",
     "Fraction",
+    "HostLinkSpec",
     "HostSpec",
     "LinkFile",
     "LinkSpec",
@@ -158,6 +159,15 @@ class DeviceSpec(Strict):
     rates: ClassRates | None = None
     launch_seconds: Seconds | None = None
 
+    @model_validator(mode="after")
+    def _leaves_memory(self) -> "DeviceSpec":
+        if self.reserved_bytes.value >= self.memory_bytes.value:
+            raise ValueError(
+                f"reserved_bytes {self.reserved_bytes.value:g} leave nothing of memory_bytes "
+                f"{self.memory_bytes.value:g}"
+            )
+        return self
+
     def to_device(self, where: str) -> Device:
         """The device; `where` is the source of figures that name none."""
         figures = {
@@ -276,7 +286,7 @@ NamedOrLink = Annotated[
 
 
 class HostSpec(Strict):
-    """One machine of a user's cluster."""
+    """One machine of a user's cluster, or several that are alike."""
 
     device: NamedOrDevice
     """Name of a packaged device, `cpu` (measured on this machine), or an inline device."""
@@ -285,6 +295,20 @@ class HostSpec(Strict):
     """Between its devices; by default the usual one of a named device."""
     adapter_bandwidth: Figure | None = None
     """Of all its network adapters together; by default every device has the network's own."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """What `links` calls it."""
+    copies: Annotated[int, Field(ge=1)] = 1
+    """How many such machines there are, one after the other."""
+    memory_bytes: Bytes | None = None
+    """Of the machine itself, for its devices to offload to; by default as much as they need."""
+
+
+class HostLinkSpec(Strict):
+    """What connects two machines, or each of some with each of others."""
+
+    between: Annotated[list[str], Field(min_length=2, max_length=2)]
+    """Names of hosts; twice the same name for the copies of a host."""
+    link: NamedOrLink
 
 
 class ClusterFile(Strict):
@@ -294,7 +318,10 @@ class ClusterFile(Strict):
     name: str | None = None
     """By default the file's name without its ending."""
     network: NamedOrLink | None = None
-    """Between hosts; by default the usual one of the first host's named device."""
+    """Between hosts; by default the usual one of the first host's named device, where there are no
+    `links`."""
+    links: list[HostLinkSpec] = Field(default_factory=list)
+    """Between hosts by name, where it is not the network."""
     backend: Annotated[str, Field(pattern="^(nccl|gloo)$")] | None = None
     """torch.distributed's backend; by default `gloo` where a device is `cpu`, else `nccl`."""
     collectives: CollectiveAlgorithm = "ring"

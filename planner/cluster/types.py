@@ -1,7 +1,10 @@
 """Devices, links and hosts, as the solver and the simulator read them."""
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from planner.profile import OperatorClass
@@ -12,6 +15,7 @@ __all__ = [
     "CollectiveAlgorithm",
     "Device",
     "Host",
+    "HostLink",
     "Link",
     "OperatorRates",
 ]
@@ -123,9 +127,23 @@ class Host:
     adapter_bandwidth: float | None = None
     """Bytes per second, each direction, of all the host's network adapters together; None: enough
     for every device to use its own share of the network in full."""
+    memory_bytes: int | None = None
+    """Of the host's own memory, for all its devices to offload to; None: as much as they need."""
+    name: str = ""
+    """What `HostLink` calls it; equal hosts may share a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostLink:
+    """A connection of two hosts that is not the cluster's common network."""
+
+    between: tuple[str, str]
+    """Names of the hosts; twice the same for those of one name among each other."""
+    link: Link
+    """Bandwidth is each device's own share. Links of different names have ports of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Hosts and the network between them. World ranks fill the hosts in order."""
 
@@ -138,18 +156,18 @@ class Cluster:
     provenance: str
     """Where the description comes from: named by the user, found on this machine, default."""
     collectives: CollectiveAlgorithm = "ring"
+    host_links: tuple[HostLink, ...] = ()
+    """Pairs of hosts with a link other than the network."""
 
     @property
     def num_devices(self) -> int:
-        return sum(host.num_devices for host in self.hosts)
+        return self._ends[-1]
 
     def host_index(self, rank: int) -> int:
         """Index of the host that world rank `rank` lives on."""
-        for index, host in enumerate(self.hosts):
-            if rank < host.num_devices:
-                return index
-            rank -= host.num_devices
-        raise IndexError(f"world rank beyond the cluster's {self.num_devices} devices")
+        if rank >= self.num_devices:
+            raise IndexError(f"world rank beyond the cluster's {self.num_devices} devices")
+        return bisect_right(self._ends, rank)
 
     def device(self, rank: int) -> Device:
         """The device of world rank `rank`."""
@@ -157,10 +175,24 @@ class Cluster:
 
     def link(self, rank: int, other: int) -> Link:
         """The link that connects two world ranks."""
-        host = self.host_index(rank)
-        return self.hosts[host].link if host == self.host_index(other) else self.network
+        one, two = self.host_index(rank), self.host_index(other)
+        if one == two:
+            return self.hosts[one].link
+        return self._between.get((self.hosts[one].name, self.hosts[two].name), self.network)
 
-    def slowest_link(self, ranks: tuple[int, ...]) -> Link:
-        """The link that bounds a collective among `ranks` (at least one rank)."""
-        hosts = {self.host_index(rank) for rank in ranks}
-        return self.network if len(hosts) > 1 else self.hosts[hosts.pop()].link
+    def slowest_link(self, ranks: Sequence[int]) -> Link:
+        """The link that bounds a ring of `ranks` in this order (at least one rank)."""
+        return min(
+            (self.link(one, other) for one, other in pairwise([*ranks, ranks[0]])),
+            key=lambda link: link.bandwidth,
+        )
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Per host: the world rank behind its last one."""
+        return list(accumulate(host.num_devices for host in self.hosts))
+
+    @cached_property
+    def _between(self) -> dict[tuple[str, str], Link]:
+        pairs = ((own.between, own.link) for own in self.host_links)
+        return {names: link for (a, b), link in pairs for names in ((a, b), (b, a))}

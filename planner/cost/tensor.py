@@ -150,11 +150,13 @@ def _split_memory(memory: LayerMemory, forward_peak: int, backward_peak: int) ->
     def bounded(moments: tuple[Moment, ...], peak: int) -> tuple[Moment, ...]:
         return tuple(replace(m, peak_bytes=min(m.peak_bytes, peak)) for m in moments)
 
+    inner = memory.inner_backward
     return replace(
         memory,
         forward=bounded(memory.forward, forward_peak),
         unsaved=bounded(memory.unsaved, forward_peak),
         backward=bounded(memory.backward, backward_peak),
+        inner_backward=None if inner is None else bounded(inner, backward_peak),
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from planner.graph import LayerGraph, TensorSpec
+from planner.partitions import divides_gradients
 from planner.plan.flat import moment_elements
 from planner.plan.names import buffer_key
 from planner.plan.types import Buffer, Instruction, PlanOptions, StagePlan, Unit
@@ -60,16 +61,17 @@ class BufferTable:
         return Buffer(name=key, dtype=spec.dtype, shape=spec.shape)
 
     def _unit_shape(self, kind: str, unit: Unit) -> tuple[int, ...]:
-        """Whole units are padded to equal parts where the state is partitioned."""
+        """Whole units are padded to equal parts where replicas divide anything."""
         whole = part = unit.num_elements
-        if self._placement.partition:
+        partition = self._placement.partition
+        if partition:
             part = -(-whole // self._placement.num_replicas)
             whole = part * self._placement.num_replicas
         trained = (self._trained.get(name, 0) for name in unit.parameters)
         shapes = {
             "part": (unit.num_elements,),
             "shard": (part,),
-            "reduced": (part,),
+            "reduced": (part if divides_gradients(partition) else whole,),
             "moments": (self._options.optimizer_slots, moment_elements(trained, part)),
         }
         return shapes.get(kind, (whole,))

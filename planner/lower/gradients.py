@@ -1,6 +1,6 @@
 """Gradient accumulation: which buffer each backward adds into, and when it is reduced.
 
-With replicas and a partitioned state, a small pool of buffers serves all units. A unit whose
+With replicas that divide gradients, a small pool of buffers serves all units. A unit whose
 buffer is wanted by another before its last micro-batch is reduced right after its last use, and
 what comes later is added to that: in the layered order one reduction a unit, in plain accumulation
 one a unit and micro-batch. Otherwise a sum is never given up before it is complete, and the pool is
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from planner.lower.pools import Holding, Pools
 from planner.lower.slots import BufferNames, Slots, unit_instruction
 from planner.lower.work import RankWork
+from planner.partitions import divides_gradients
 from planner.plan.types import Opcode, PlanOptions
 from planner.solve.types import Placement
 
@@ -31,7 +32,7 @@ class Operands:
 
 def gradient_pools(work: RankWork, placement: Placement, options: PlanOptions) -> Pools:
     """The empty pools of one rank."""
-    if placement.num_replicas > 1 and placement.partition:
+    if placement.num_replicas > 1 and divides_gradients(placement.partition):
         return Pools("sum", placement.num_gradient_buffers)
     if placement.num_replicas > 1:
         # Partial sums would cost a whole reduction each, and save no memory: `reduced` is as large.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planner.cluster.types import Cluster
+from planner.errors import UsageError
 from planner.graph import LayerGraph
 from planner.lower.buffers import BufferTable
 from planner.lower.compute import Template, compute_instructions, place_loads, stage_templates
@@ -30,6 +31,7 @@ from planner.lower.weights import (
     weights_in_place,
 )
 from planner.lower.work import RankWork
+from planner.partitions import gathers_for_passes
 from planner.plan.types import Instruction, Opcode, Plan, PlanOptions, StagePlan, Unit
 from planner.profile import Profile
 from planner.schedule import Order, forward_order, order_of, require_complete
@@ -49,12 +51,15 @@ def lower(
 ) -> Plan:
     """The plan of a placement, its prediction still open.
 
-    With one replica there is nothing to partition, so partition 3 means 0. An `order` of one's own
-    takes the place of the schedule's, and the plan's schedule is then `custom`.
+    With one replica there is nothing to partition, so any partition means 0. Stages may be on any
+    ranks. An `order` of one's own takes the place of the schedule's, and the plan's schedule is
+    then `custom`.
 
     Raises:
-        UsageError: the schedule does not go with the placement, or the order lacks a step.
+        UsageError: the schedule does not go with the placement, the order lacks a step, or a rank
+            has no stage.
     """
+    _require_stages(placement)
     if placement.num_replicas == 1 and placement.partition:
         placement = replace(placement, partition=0)
     if order is None:
@@ -98,7 +103,20 @@ def lower(
             for rank in range(placement.num_pipeline_ranks)
         ),
         module_buffer_bytes=graph.buffer_bytes + _kept_buffer_bytes(profile, placement),
+        layout=placement.layout,
     )
+
+
+def _require_stages(placement: Placement) -> None:
+    """Refuse a placement with idle ranks, or with a stage on a rank that it does not have."""
+    ranks, used = set(range(placement.num_pipeline_ranks)), set(placement.stage_ranks)
+    for rank in sorted(ranks ^ used):
+        problem = "has no stage" if rank in ranks else "has a stage, but is none of them"
+        raise UsageError(
+            f"pipeline rank {rank} of {placement.num_pipeline_ranks} {problem}: the stages are on "
+            f"ranks {', '.join(map(str, placement.stage_ranks))}",
+            hint="give every pipeline rank a stage, or take fewer pipeline ranks",
+        )
 
 
 def _kept_buffer_bytes(profile: Profile, placement: Placement) -> int:
@@ -184,7 +202,7 @@ def _program(
     placement, options = context.placement, context.options
     holdings: list[Holding] | None = None
     weight_pools = Pools("weights", placement.num_weight_buffers)
-    if placement.partition or placement.offload_state:
+    if gathers_for_passes(placement.partition, offload_state=placement.offload_state):
         weights, holdings = hold_weights(work, weight_pools), weight_pools.holdings
         if placement.offload_state:
             num_ahead = max(LOOKAHEAD, placement.num_micro_batches)

@@ -171,7 +171,7 @@ class _Stage:
         gradients = self._gradients(index)
         given = gradients & outputs - set(self._code.outputs)
         dying = mine | {f"gradient:{name}" for name in given}
-        peaks = profile.memory.backward if profile.memory else ()
+        peaks = self._backward_moments(index)
         held = self._bytes(saved - mine) + self._bytes(gradients - given)
         return (
             held
@@ -179,6 +179,14 @@ class _Stage:
             + self._sums(index)
             + self._peak(peaks or _alone(profile.backward_transient_bytes, dying), dying)
         )
+
+    def _backward_moments(self, index: int) -> tuple[Moment, ...]:
+        memory = self._profiles[index].memory
+        if memory is None:
+            return ()
+        is_inside = set(self._code.outputs).isdisjoint(self._layers[index].outputs)
+        inner = memory.inner_backward if is_inside else None
+        return memory.backward if inner is None else inner
 
     def _peak(self, moments: Iterable[Moment], dying: Collection[str]) -> int:
         """The highest moment, with those of `dying` that are still held then."""

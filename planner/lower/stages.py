@@ -85,8 +85,9 @@ class StageMaker:
         """
         placement = self._placement
         layers = range(placement.boundaries[index], placement.boundaries[index + 1])
-        first = placement.world_rank(placement.stage_ranks[index], 0)
-        replicas = map(self._cluster.device, range(first, first + placement.num_replicas))
+        replicas = map(
+            self._cluster.device, placement.grid.replicas_of(placement.stage_ranks[index])
+        )
         devices = list({id(device): device for device in replicas}.values())
         message_seconds = max(device.message_seconds for device in devices)
         messages = [message_seconds * count for count in self._messages[index]]

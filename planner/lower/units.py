@@ -93,7 +93,7 @@ def _update_bytes(
     Of a partitioned parameter a replica holds a piece: no larger than it, nor than the part.
     """
     sizes = [spec.num_bytes for spec in group if spec.trainable]
-    replicas = placement.num_replicas if placement.partition == 3 else 1
+    replicas = placement.num_replicas if placement.partition else 1
     part = -(-sum(spec.num_bytes for spec in group) // replicas)
     turns = 0.0
     for previous, size in itertools.pairwise((0, *sizes)):

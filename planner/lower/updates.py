@@ -1,9 +1,12 @@
-"""The end of a unit's step: CHECK_FINITE and CLIP, UPDATE, and the state's way back to the host.
+"""The end of a unit's step: CHECK_FINITE and CLIP, UPDATE, GATHER, and the state's way to the host.
 
 An update follows its unit's last backward; with replicas it is issued one stage later, so that the
 reduction hides behind that stage's work. Where the whole gradient must be looked at first (finite,
-norm), or tied ranks must agree, updates stand at the end of the step. A state that lives in host
-memory is fetched one update ahead, when the one before the last has left the device.
+norm), or tied ranks must agree, updates stand at the end of the step. Where each replica updates
+its part of weights that stay whole, their GATHER follows at once; such an update is issued one
+micro-batch before that next stage's end, so that the GATHER is in the data stream ahead of the
+stage's REDUCE, and the step ends with one of each. A state that lives in host memory is fetched one
+update ahead, when the one before the last has left the device.
 """
 
 from bisect import bisect_right
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from planner.lower.pools import Holding
 from planner.lower.slots import LOOKAHEAD, Slots, unit_instruction
 from planner.lower.work import RankWork
+from planner.partitions import gathers_updates, offloaded
 from planner.plan.types import Instruction, Opcode, PlanOptions
 from planner.solve.types import Placement
 
@@ -55,19 +59,22 @@ def place_updates(
             slots.behind(slots.num_steps, unit_instruction(opcode, None, gradients, (name,)))
             verdicts += (name,)
     updates = _updates(work, sources, holdings or (), placement, at_end=bool(verdicts))
-    if placement.offload_state and updates:
+    away = offloaded(placement.partition, offload_state=placement.offload_state)
+    if away and updates:
         step = updates[0].step - LOOKAHEAD - 1
         _fetch_state(slots, updates[0], max(-1, step))
     for index, update in enumerate(updates):
-        if placement.offload_state and index:
-            _release_state(slots, updates[index - 1].unit, update.step)
-        if placement.offload_state and index + 1 < len(updates):
+        if away and index:
+            _release_state(slots, updates[index - 1].unit, update.step, away)
+        if away and index + 1 < len(updates):
             _fetch_state(slots, updates[index + 1], update.step)
         slots.behind(update.step, _instruction(update, verdicts, in_place=holdings is None))
-        for instruction in _copies(update.unit, placement, options):
+        if gathers_updates(placement.partition):
+            slots.behind(update.step, _gather(update.unit))
+        for instruction in _copies(update.unit, away, options):
             slots.behind(update.step, instruction)
-    if placement.offload_state and updates:
-        _release_state(slots, updates[-1].unit, slots.num_steps)
+    if away and updates:
+        _release_state(slots, updates[-1].unit, slots.num_steps, away)
 
 
 def _updates(
@@ -90,6 +97,8 @@ def _updates(
         elif placement.num_replicas > 1:
             position = bisect_right(work.stage_ends, done)
             step = [*work.stage_ends, len(work.steps)][position]
+            if gathers_updates(placement.partition) and step < len(work.steps):
+                step = _before_the_last(work, done, step)
         shard_from, held = None, gathered.get(unit.name)
         if held is not None and work.steps[held.first].opcode is Opcode.FORWARD:
             shard_from = held.first
@@ -98,6 +107,13 @@ def _updates(
         )
         found.append((step, done, unit.name, update))
     return [update for *_, update in sorted(found, key=lambda entry: entry[:3])]
+
+
+def _before_the_last(work: RankWork, done: int, end: int) -> int:
+    """The step ahead of the last pass of a stage that ends at `end`, if `done` lies before that."""
+    again = work.steps[end - 1].opcode is Opcode.RECOMPUTE
+    step = end - 2 if again else end - 1
+    return step if step > done else end
 
 
 def _fetch_state(slots: Slots, update: _Update, step: int) -> None:
@@ -112,9 +128,10 @@ def _fetch_state(slots: Slots, update: _Update, step: int) -> None:
         slots.behind(max(step, update.shard_from), fetch)
 
 
-def _release_state(slots: Slots, unit: str, step: int) -> None:
-    """RELEASE of the updated state: it waits until the host has it."""
-    for buffer in ((f"shard:{unit}",), (f"moments:{unit}",)):
+def _release_state(slots: Slots, unit: str, step: int, away: tuple[str, ...]) -> None:
+    """RELEASE of the updated state of these kinds: it waits until the host has it."""
+    for kind in away:
+        buffer = (f"{kind}:{unit}",)
         slots.behind(step, unit_instruction(Opcode.RELEASE, unit, buffer, buffer))
 
 
@@ -126,15 +143,16 @@ def _instruction(update: _Update, verdicts: tuple[str, ...], *, in_place: bool) 
     return unit_instruction(Opcode.UPDATE, update.unit, reads, state)
 
 
-def _copies(unit: str, placement: Placement, options: PlanOptions) -> list[Instruction]:
-    """What leaves the updated state in host memory."""
+def _gather(unit: str) -> Instruction:
+    """The parts that the replicas have updated, brought together in the weights in place."""
+    return unit_instruction(Opcode.GATHER, unit, (f"shard:{unit}",), (f"weights:{unit}",))
+
+
+def _copies(unit: str, away: tuple[str, ...], options: PlanOptions) -> list[Instruction]:
+    """What leaves the updated state in host memory; `away` are the kinds that live there."""
     shard, moments = f"shard:{unit}", f"moments:{unit}"
-    if placement.offload_state:
-        return [
-            unit_instruction(Opcode.EVICT, unit, (name,), (f"host:{name}",))
-            for name in (shard, moments)
-        ]
-    if options.save:
+    if options.save and "shard" not in away:
         hosts = (f"host:{shard}", f"host:{moments}")
         return [unit_instruction(Opcode.SAVE, unit, (shard, moments), hosts)]
-    return []
+    names = [f"{kind}:{unit}" for kind in away]
+    return [unit_instruction(Opcode.EVICT, unit, (name,), (f"host:{name}",)) for name in names]

@@ -9,7 +9,7 @@ knows one layer. It does not know graphs of layers, devices or seconds.
 import weakref
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,6 +125,8 @@ class Backward:
     moments: tuple[Moment, ...] = ()
     """Above what is alive when it begins."""
     passed_gradients: tuple[tuple[str, str], ...] = ()
+    strides: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+    """Inputs whose gradients it found -> their layout; None where it is the input's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +137,8 @@ class LayerAlone:
     graph: LayerGraph
     stage: StageCode
     context: Context
+    gradient_strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Outputs whose gradients come in another layout than the outputs' own."""
 
     def forward(self, *, saving: bool = True) -> Forward:
         """Run forward; without `saving`, autograd lets go of what it saves."""
@@ -215,6 +219,10 @@ class LayerAlone:
             kernels=counter.kernels,
             moments=counter.moments(before),
             passed_gradients=tuple((name, owner) for name, owner in found.items() if owner),
+            strides={
+                name: _other_layout(tensor, self.graph.tensor_specs[name].stride)
+                for name, tensor in forward.sink.items()
+            },
         )
 
     def _state(self) -> list[Tensor]:
@@ -260,8 +268,28 @@ class LayerAlone:
         }
         if not tensors:
             return None, {}
-        gradients = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
+        gradients = {name: self._gradient(name, tensor) for name, tensor in tensors.items()}
         return Exit.apply(gradients, *tensors.values()), gradients  # type: ignore[no-untyped-call]
+
+    def _gradient(self, name: str, output: Tensor) -> Tensor:
+        if name not in self.gradient_strides:
+            return torch.ones_like(output)
+        gradient = output.new_empty_strided(output.shape, self.gradient_strides[name])
+        return gradient.fill_(1)
+
+
+def _other_layout(gradient: Tensor, expected: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The gradient's strides, if it fills its memory and lies there in another order than its
+    tensor does. Strides of dimensions of one element mean nothing."""
+    counting = [dimension for dimension, size in enumerate(gradient.shape) if size > 1]
+    strides, length = gradient.stride(), 1
+    if all(strides[dimension] == expected[dimension] for dimension in counting):
+        return None
+    for dimension in sorted(counting, key=strides.__getitem__):
+        if strides[dimension] != length:
+            return None
+        length *= gradient.shape[dimension]
+    return tuple(strides)
 
 
 def _owned(

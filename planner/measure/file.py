@@ -23,7 +23,7 @@ from planner.measure.measured import MeasuredLayer, MeasuredModel, MeasuredSize
 __all__ = ["parse_profile", "print_profile", "read_profile", "write_profile"]
 
 _FORMAT = "lga_profile"
-_VERSION = 1
+_VERSION = 2
 _END = "complete"
 """The last key: a file without it has been cut short."""
 _MAX_BYTES = 100_000_000
@@ -178,6 +178,8 @@ def _layer_problem(layer: MeasuredLayer) -> str:
             return f"with {name} seconds {seconds}: not finite and 0 or more"
     if profile.forward_seconds == 0:
         return "with a forward of 0 seconds"
+    if layer.optimizer_bytes < 0:
+        return f"with optimizer_bytes {layer.optimizer_bytes}, less than 0"
     return ""
 
 

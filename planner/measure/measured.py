@@ -47,6 +47,9 @@ class MeasuredLayer:
     backward: Seconds
     recompute: Seconds
     update: Seconds
+    optimizer_bytes: int
+    """That the optimizer keeps of the layer's parameters between two steps, step counters
+    included; parameters that other layers use too count with each of them."""
     forward_peak_bytes: int
     """Measured; the profile's `forward_transient_bytes` is what was counted."""
     backward_peak_bytes: int

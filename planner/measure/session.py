@@ -10,7 +10,8 @@ import torch
 
 from planner.measure.here import describe_device, versions_here
 from planner.measure.measured import MeasuredModel, MeasuredSize
-from planner.measure.timing import OnLayer, optimizer_name, time_layers
+from planner.measure.timing import OnLayer, time_layers
+from planner.measure.update import optimizer_name
 from planner.model_file import ModelFile
 from planner.trace import TracedModel, trace
 

@@ -33,11 +33,13 @@ def rising_moments(moments: Iterable[Moment]) -> tuple[Moment, ...]:
 def summary(layer: LayerProfile) -> LayerProfile:
     """A layer whose kernels and moments are one by one, with equal kernels and peaks together."""
     assert layer.memory is not None
+    inner = layer.memory.inner_backward
     memory = replace(
         layer.memory,
         forward=rising_moments(layer.memory.forward),
         unsaved=rising_moments(layer.memory.unsaved),
         backward=rising_moments(layer.memory.backward),
+        inner_backward=None if inner is None else rising_moments(inner),
     )
     return replace(
         layer,

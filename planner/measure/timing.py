@@ -5,41 +5,35 @@ order. It does not know files or clusters.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from planner.errors import ModelFileError, RunError
 from planner.graph import LayerGraph, LayerNode, TensorSpec
+from planner.heap import keep_freed_memory
 from planner.measure.clock import Clock, Seconds, seconds_of
 from planner.measure.collection import no_collection
 from planner.measure.layer_run import LayerRun, peak_bytes
 from planner.measure.measure import measure
 from planner.measure.measured import MeasuredLayer, MeasuredSize
 from planner.measure.real_model import RealModel, random_values
+from planner.measure.update import Update, measure_update
 from planner.model_file import ModelFile, raised_at
 from planner.profile import LayerProfile
 from planner.trace import Context, TracedModel
 
-__all__ = ["OnLayer", "optimizer_name", "time_layers"]
+__all__ = ["OnLayer", "time_layers"]
 
 _WARM_UPS = 3
 """Runs before the first that counts: kernels are chosen and memory is taken in them."""
 
 OnLayer = Callable[[int, int, str], None]
 """Told, before each distinct layer: its number, how many there are, its name."""
-BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-def optimizer_name(model_file: ModelFile) -> str:
-    """Class of the optimizer whose update is timed."""
-    if model_file.build_optimizer is None:
-        return torch.optim.AdamW.__name__
-    return type(_built(model_file.build_optimizer, [nn.Parameter(torch.zeros(2, 2))])).__name__
 
 
 def time_layers(
@@ -53,12 +47,15 @@ def time_layers(
     """Counts, seconds and peaks of every distinct layer for one micro-batch.
 
     A layer's figures are medians over `num_repeats` runs; in each, forward, backward and a forward
-    under the conditions of recomputation follow each other.
+    under the conditions of recomputation follow each other. On a CPU the process keeps from now on
+    what it frees, as the runtime does.
 
     Raises:
         TraceError, ModelFileError: the model cannot be traced or built.
         RunError: a layer does not fit on the device, or does not run on it.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     graph = traced.layer_graph(micro_batch_size)
     counted = measure(traced, micro_batch_size)
     session = _Session(
@@ -90,7 +87,8 @@ def time_layers(
                 forward=times.forward,
                 backward=times.backward,
                 recompute=times.recompute,
-                update=times.update,
+                update=times.update.seconds,
+                optimizer_bytes=times.update.state_bytes,
                 forward_peak_bytes=times.peaks[0],
                 backward_peak_bytes=times.peaks[1],
             )
@@ -103,7 +101,7 @@ class _Times:
     forward: Seconds
     backward: Seconds
     recompute: Seconds
-    update: Seconds
+    update: Update
     peaks: tuple[int, int]
 
 
@@ -125,8 +123,12 @@ class _Session:
         self._remember(run, layers)
         peaks = peak_bytes(run)
         samples = self._samples(run)
-        update = _time_update(
-            run.parameters, self.model_file.build_optimizer, self.device, self.num_repeats
+        update = measure_update(
+            run.parameters,
+            self.model_file.build_optimizer,
+            self.device,
+            num_warm_ups=_WARM_UPS,
+            num_repeats=self.num_repeats,
         )
         return _Times(
             forward=seconds_of(samples[0]),
@@ -199,49 +201,13 @@ class _Session:
         return forwards, backwards, recomputes
 
 
-def _time_update(
-    parameters: list[nn.Parameter],
-    build: BuildOptimizer | None,
-    device: torch.device,
-    num_repeats: int,
-) -> Seconds:
-    """One step of the optimizer on the layer's own parameters; gradients are let go."""
-    if not parameters:
-        return Seconds(median=0.0, spread=0.0)
-    clock, samples = Clock(device), []
-    gradients = [parameter.grad for parameter in parameters]
-    optimizer = _built(build or torch.optim.AdamW, parameters)
-    for repeat in range(_WARM_UPS + num_repeats):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        first = clock.mark()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        second = clock.mark()
-        clock.wait()
-        if repeat >= _WARM_UPS:
-            samples.append(clock.seconds_between(first, second))
-    return seconds_of(samples)
-
-
-def _built(build: BuildOptimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    try:
-        return build(parameters)
-    except (Exception, SystemExit) as error:
-        raise ModelFileError(
-            f"build_optimizer raised {type(error).__name__} for the parameters of one layer: "
-            f"{error}{raised_at(error)}",
-            hint="it takes any list of the model's parameters",
-        ) from None
-
-
 def _with_seconds(counted: LayerProfile, times: _Times) -> LayerProfile:
     return replace(
         counted,
         forward_seconds=times.forward.median,
         backward_seconds=times.backward.median,
         recompute_seconds=times.recompute.median,
-        update_seconds=times.update.median,
+        update_seconds=times.update.seconds.median,
         provenance=f"{counted.provenance}; seconds measured",
     )
 

@@ -1,8 +1,8 @@
 """How the parameters of a unit lie in its flat vector, in the plan's figures and at run time.
 
 Whole vectors start each parameter where its own tensor would be aligned, so that kernels compute on
-views of them as on the user's own tensors. Partitioned ones are packed: with replicas nothing is
-bitwise, and every byte of them travels.
+views of them as on the user's own tensors. With partition 3 they are packed: with replicas nothing
+is bitwise, and every byte of them travels in every pass.
 """
 
 from collections.abc import Iterable

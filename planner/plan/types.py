@@ -14,10 +14,11 @@ Buffer names
     loss.<m>                loss of micro-batch m
     shard:<unit>            this rank's own part of a unit's weights
     moments:<unit>          what the optimizer keeps for that part
-    weights:<pool>.<i>      gather buffer i of a pool; `weights:<unit>` where weights stay in place
+    weights:<pool>.<i>      gather buffer i of a pool; `weights:<unit>` where weights stay in place,
+                            and then the shard is a part of it, or all
     sum:<pool>.<i>          gradient accumulation buffer i of a pool
     part:<unit>.<m>         gradient of a tied unit for one micro-batch (kept for exact order)
-    reduced:<unit>          this rank's part of the gradient reduced over replicas
+    reduced:<unit>          the gradient reduced over replicas, or this rank's part of it
     finite, scale           verdict of CHECK_FINITE; factor that CLIP found
     host:<buffer>           the buffer's copy in host memory
 """
@@ -28,6 +29,8 @@ from enum import StrEnum
 
 from planner.cluster.types import Cluster
 from planner.graph import DTYPE_BYTES, ParameterSpec, TensorSpec
+from planner.layouts import Grid, Layout
+from planner.partitions import divides_gradients, gathers_for_passes, gathers_updates, offloaded
 from planner.plan.code import Statement
 from planner.schedules import Schedule
 
@@ -61,7 +64,9 @@ class Opcode(StrEnum):
         host:<x> = <x>; <x> itself stays until it is released"""
     GATHER = "GATHER"
     """data, every replica. need shard:<unit> not updated yet
-        weights:<pool>.<i> = shards of all replicas, one after the other"""
+        weights:<pool>.<i> = shards of all replicas, one after the other
+    With partition 1 and 2 weights stay in place. There it needs shard:<unit> after its UPDATE:
+        weights:<unit> = shards of all replicas, one after the other"""
     RELEASE = "RELEASE"
     """compute. need weights:<pool>.<i> holds <unit>, or another <x> that may be evicted, written
         it holds nothing, and its memory may be taken
@@ -93,7 +98,8 @@ class Opcode(StrEnum):
     REDUCE = "REDUCE"
     """data, every replica. need sum:<pool>.<i> of the unit
         reduced:<unit> (+)= my part of the sum over replicas of sum:<pool>.<i>
-    It adds where it also reads reduced:<unit>. The sum is then spent."""
+    With partition 0 and 1 my part is all of it. It adds where it also reads reduced:<unit>. The sum
+    is then spent."""
     REDUCE_TIED = "REDUCE_TIED"
     """data, every pipeline rank of the unit. need reduced:<unit>, or with one replica the sum
         reduced:<unit> = its sum over those ranks, equal on all of them"""
@@ -106,7 +112,8 @@ class Opcode(StrEnum):
     UPDATE = "UPDATE"
     """compute. need the unit's whole gradient, shard and moments; finite and scale where made
         if finite: shard, moments = optimizer(shard, moments, scale * gradient)
-    and, where weights stay in place, weights:<unit> too. The gradient is then spent."""
+    and, where weights stay in place, weights:<unit> too, of which the shard is a part: with
+    partition 1 and 2 nothing may read them before their GATHER. The gradient is then spent."""
     SAVE = "SAVE"
     """copy.out. need shard:<unit> and moments:<unit> after their UPDATE
         host:shard:<unit>, host:moments:<unit> = they, as this step's checkpoint"""
@@ -242,6 +249,8 @@ class Prediction:
     """Per pipeline rank."""
     memory_limit_bytes: int
     provenance: str
+    bound_seconds: float | None = None
+    """No plan of the space that was searched takes less; None where nothing was searched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,9 +266,10 @@ class Plan:
     micro_batch_size: int
     num_micro_batches: int
     partition: int
-    """0: every replica holds the whole state; 3: weights, gradients and optimizer are sharded."""
+    """What replicas divide among them, from 0 (nothing) to 3: see `planner.partitions`."""
     offload_state: bool
-    """Shards and moments live in host memory, and come to the device when they are used."""
+    """Shards and moments live in host memory, and come to the device when they are used; moments
+    alone with partition 1 and 2."""
     schedule: Schedule
     layer_names: tuple[str, ...]
     """Every layer of the model, in order: rule 1 compares the stages with it."""
@@ -280,6 +290,8 @@ class Plan:
     """Per pipeline rank: every buffer that its programs name."""
     module_buffer_bytes: int = 0
     """Of the model's own buffers (running statistics, tables), which every rank holds all of."""
+    layout: Layout = Layout.REPLICAS_INSIDE
+    """Which world ranks, and so which hosts, the replicas and pipeline ranks have."""
 
     @property
     def backend(self) -> str:
@@ -289,7 +301,22 @@ class Plan:
     @property
     def gathers(self) -> bool:
         """Whether weights are gathered into pools rather than kept in place."""
-        return self.partition == 3 or self.offload_state
+        return gathers_for_passes(self.partition, offload_state=self.offload_state)
+
+    @property
+    def gathers_updates(self) -> bool:
+        """Whether each replica updates its part of weights that stay whole and in place."""
+        return gathers_updates(self.partition)
+
+    @property
+    def divides_gradients(self) -> bool:
+        """Whether a replica has only its part of reduced gradients."""
+        return divides_gradients(self.partition)
+
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """Kinds of buffers (`shard`, `moments`) that live in host memory."""
+        return offloaded(self.partition, offload_state=self.offload_state)
 
     @property
     def num_stages(self) -> int:
@@ -311,10 +338,19 @@ class Plan:
         """The plan of an evaluation: the same stages without backward."""
         return replace(self, schedule=Schedule.FORWARD, programs=self.evaluation, evaluation=())
 
+    @property
+    def grid(self) -> Grid:
+        """Which world rank is which replica's which pipeline rank."""
+        return Grid(
+            num_replicas=self.num_replicas,
+            num_pipeline_ranks=self.num_pipeline_ranks,
+            layout=self.layout,
+        )
+
     def world_rank(self, pipeline_rank: int, replica: int) -> int:
-        """Replicas innermost."""
-        return pipeline_rank * self.num_replicas + replica
+        """torch.distributed's rank of a replica's pipeline rank."""
+        return self.grid.world_rank(pipeline_rank, replica)
 
     def coordinates(self, world_rank: int) -> tuple[int, int]:
         """(pipeline rank, replica) of a world rank."""
-        return divmod(world_rank, self.num_replicas)
+        return self.grid.coordinates(world_rank)

@@ -9,6 +9,7 @@ from dataclasses import astuple
 
 from planner.errors import PlanFileError
 from planner.graph import DTYPE_BYTES
+from planner.partitions import LEVELS
 from planner.plan.code import references
 from planner.plan.limits import limit_problems
 from planner.plan.names import buffer_key, kind_of, stream_of
@@ -57,7 +58,7 @@ def _count_problems(plan: Plan) -> Iterator[str]:
     ):  # fmt: skip
         if getattr(plan, name) < 1:
             yield f"{name} is {getattr(plan, name)}, less than 1"
-    if plan.partition not in ((0, 3) if plan.num_replicas > 1 else (0,)):
+    if plan.partition not in (LEVELS if plan.num_replicas > 1 else (0,)):
         yield f"partition is {plan.partition} with {plan.num_replicas} replicas"
     if plan.module_buffer_bytes < 0:
         yield "the model's buffers have a negative size"
@@ -75,7 +76,8 @@ def _count_problems(plan: Plan) -> Iterator[str]:
 
 def _cluster_problems(plan: Plan) -> Iterator[str]:
     hosts = plan.cluster.hosts
-    for link in (plan.cluster.network, *(host.link for host in hosts)):
+    links = (*(host.link for host in hosts), *(own.link for own in plan.cluster.host_links))
+    for link in (plan.cluster.network, *links):
         if not (link.bandwidth > 0 and link.latency_seconds >= 0):
             yield f"link {link.name} has an impossible bandwidth or latency"
     for device in (host.device for host in hosts):
@@ -90,6 +92,8 @@ def _cluster_problems(plan: Plan) -> Iterator[str]:
     for host in hosts:
         if host.adapter_bandwidth is not None and not host.adapter_bandwidth > 0:
             yield "a host has adapters without bandwidth"
+        if host.memory_bytes is not None and host.memory_bytes < 0:
+            yield "a host has a negative amount of memory"
 
 
 def _buffer_problems(plan: Plan) -> Iterator[str]:

@@ -34,16 +34,21 @@ def with_compute_copies(
 ) -> tuple[MemoryByClass, ...]:
     """Memory of each pipeline rank with the copies that layers compute with.
 
-    With a partitioned state the gather buffers hold them.
+    With partition 3 the gather buffers hold them. With 1 and 2 they are what is whole in place, and
+    each replica has masters of its own part alone.
     """
     if not precision.is_mixed or plan.gathers:
         return tuple(memory)
     size = DTYPE_BYTES[precision.value]
     trained = {p.name: p.num_elements for p in graph.parameters if p.trainable}
+    num_parts = plan.num_replicas if plan.gathers_updates else 1
     copies = [0] * plan.num_pipeline_ranks
     for unit in plan.units:
+        masters = unit.num_elements * DTYPE_BYTES[unit.dtype] if unit.trainable else 0
+        elsewhere = masters - -(-masters // num_parts)
         for rank in unit.ranks:
             copies[rank] += size * sum(trained.get(name, 0) for name in unit.parameters)
+            copies[rank] -= elsewhere
     return tuple(
         replace(moment, weights=moment.weights + copy)
         for moment, copy in zip(memory, copies, strict=True)

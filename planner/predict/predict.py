@@ -152,7 +152,7 @@ def _place(problem: Problem, configuration: Configuration) -> Placement:
     )
     boundaries = configuration.boundaries
     if boundaries is None:
-        boundaries = warm_start(Builder(problem=problem).instance(choice))
+        boundaries = warm_start(Builder(problem=problem).instance(choice)).boundaries
     num_layers = len(problem.graph_at(configuration.micro_batch_size).layers)
     rising = all(first < end for first, end in itertools.pairwise(boundaries))
     if (
@@ -166,7 +166,7 @@ def _place(problem: Problem, configuration: Configuration) -> Placement:
             hint=f"give {choice.num_stages + 1} rising numbers from 0 to {num_layers}",
         )
     return replace(
-        placement_of(choice, boundaries),
+        placement_of(choice, choice.split(boundaries)),
         schedule=configuration.schedule,
         group_size=configuration.group_size,
     )

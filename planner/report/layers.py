@@ -34,7 +34,7 @@ def layer_table(size: MeasuredSize) -> Table:
     """A row per distinct layer, and their sum over all layers of the model."""
     table = Table(title=f"layers, micro-batches of {size.micro_batch_size}")
     table.add_column("layer", overflow="fold")
-    for column in (*_PARTS, "spread", "peak", "counted"):
+    for column in (*_PARTS, "spread", "peak", "counted", "optimizer"):
         table.add_column(column, justify="right")
     for layer in size.layers:
         others = f" and {len(layer.layers) - 1} more" if len(layer.layers) > 1 else ""
@@ -44,13 +44,14 @@ def layer_table(size: MeasuredSize) -> Table:
             f"{_spread(layer):.0%}",
             bytes_text(layer.peak_bytes),
             bytes_text(layer.counted_peak_bytes),
+            bytes_text(layer.optimizer_bytes),
         )
     table.add_section()
     sums = (
         math.fsum(getattr(layer, part).median * len(layer.layers) for layer in size.layers)
         for part in _PARTS
     )
-    table.add_row("all layers", *map(seconds_text, sums), "", "", "")
+    table.add_row("all layers", *map(seconds_text, sums), *[""] * 4)
     return table
 
 

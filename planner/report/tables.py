@@ -36,12 +36,20 @@ def plan_lines(plan: Plan) -> list[str]:
         f"cluster   {plan.cluster.name}: {plan.cluster.provenance}",
         f"mesh      {_counted(plan.num_replicas, 'replica')} x "
         f"{_counted(plan.num_pipeline_ranks, 'pipeline rank')}, "
-        f"{_counted(plan.num_stages, 'stage')}; {_state_words(plan)}",
+        f"{_counted(plan.num_stages, 'stage')}{_layout_words(plan)}; {_state_words(plan)}",
         f"batch     {_counted(plan.global_batch_size, 'sample')} = "
         f"{_counted(plan.num_replicas, 'replica')} x "
         f"{_counted(plan.num_micro_batches, 'micro-batch', 'es')} x "
         f"{_counted(plan.micro_batch_size, 'sample')}",
     ]
+
+
+def _layout_words(plan: Plan) -> str:
+    """Who shares hosts, where there are hosts to share and a choice."""
+    hosts = {plan.cluster.host_index(rank) for rank in range(plan.world_size)}
+    if len(hosts) == 1 or 1 in (plan.num_replicas, plan.num_pipeline_ranks):
+        return ""
+    return f", {plan.layout} hosts"
 
 
 def placement_table(plan: Plan) -> Table:
@@ -96,18 +104,35 @@ def program_counts(plan: Plan) -> Table:
 
 def solution_lines(solution: Solution) -> list[str]:
     """The solver's certificate, and what simpler splits would cost."""
+    if not solution.bound_seconds:
+        schedule = solution.placement.schedule
+        return [f"solver    no bound: only layered plans have one, and this one is {schedule}"]
     lines = [
         f"solver    objective {seconds_text(solution.objective_seconds)}, bound "
         f"{seconds_text(solution.bound_seconds)}, gap {solution.gap:.2%}, "
         f"{seconds_text(solution.solve_seconds)} to solve",
     ]
+    layered = solution.layered_seconds or solution.step_seconds
+    if solution.layered_seconds is not None:
+        lines.append(
+            f"schedule  {solution.placement.schedule}: {seconds_text(solution.step_seconds)}, "
+            f"{solution.step_seconds / layered - 1:+.1%} against the best layered plan "
+            f"({seconds_text(layered)}), which objective and bound are of"
+        )
+    if solution.traced_order_seconds is not None:
+        traced = solution.traced_order_seconds
+        lines.append(
+            f"layers    in another order than traced, {solution.step_seconds / traced - 1:+.1%} "
+            f"against the best plan in that ({seconds_text(traced)}), which objective and bound "
+            "are of; they train bitwise alike"
+        )
     for name, seconds in (
         ("uniform", solution.uniform_seconds), ("greedy", solution.greedy_seconds)
     ):  # fmt: skip
         if seconds is None:
             words = "does not fit in memory"
         else:
-            words = f"{seconds_text(seconds)}, {seconds / solution.step_seconds - 1:+.1%}"
+            words = f"{seconds_text(seconds)}, {seconds / layered - 1:+.1%}"
         lines.append(f"{name:<9} split of the same mesh: {words}")
     return lines
 
@@ -127,7 +152,7 @@ def candidate_table(solution: Solution) -> Table:
             f"{candidate.stages_per_rank}",
             f"{candidate.num_micro_batches} x {candidate.micro_batch_size}",
             str(candidate.partition),
-            "yes" if candidate.recompute else "no",
+            _RECOMPUTES[candidate.recompute],
             seconds_text(candidate.bound_seconds),
             "-" if step is None else seconds_text(step),
             _REASONS.get(candidate.verdict, candidate.verdict),
@@ -148,6 +173,7 @@ def rules_table(report: Report) -> Table:
     return table
 
 
+_RECOMPUTES = {False: "no", True: "yes", None: "per stage"}
 _REASONS = {
     "simulated": "slower",
     "bounded": "bound is slower",
@@ -183,4 +209,13 @@ def _counted(number: int, noun: str, plural: str = "s") -> str:
 def _state_words(plan: Plan) -> str:
     if plan.num_replicas == 1:
         return "one replica holds the state"
-    return "state partitioned over replicas" if plan.partition else "state on every replica"
+    return _STATES[plan.partition]
+
+
+_STATES = (
+    "state on every replica",
+    "optimizer state partitioned over replicas",
+    "optimizer state and gradients partitioned over replicas",
+    "state partitioned over replicas",
+)
+"""By level of partition."""

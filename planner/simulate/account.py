@@ -8,6 +8,7 @@ communication; the time in other ranks' compute is the pipeline's own bubble. Th
 decide when anything runs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,11 +27,16 @@ class Account:
     """Sums over one step; per pipeline rank unless stated."""
 
     stream_seconds: tuple[Mapping[str, float], ...]
-    exposed_seconds: tuple[float, ...]
+    exposed_by: tuple[Mapping[str, float], ...]
+    """By opcode."""
     link_bytes: Mapping[str, float]
     """Of the whole cluster."""
     last_backward_seconds: float
     """When the last rank's last backward is over."""
+
+    @property
+    def exposed_seconds(self) -> tuple[float, ...]:
+        return tuple(math.fsum(found.values()) for found in self.exposed_by)
 
 
 def account(
@@ -44,13 +50,14 @@ def account(
     streams, exposed, last_backward = [], [], 0.0
     for program, tasks in zip(plan.programs, order.task_of, strict=True):
         busy: dict[str, float] = {}
-        hidden_until, waited = 0.0, 0.0
+        hidden_until = 0.0
+        waited: dict[str, float] = {}
         for instruction, task in zip(program, tasks, strict=True):
             stream, start, end = instruction.stream, starts[task], ends[task]
             busy[stream] = busy.get(stream, 0.0) + (end - start)
             if stream == "compute":
                 if start > hidden_until:
-                    waited += _exposed(plan, order, starts, ends, task, hidden_until)
+                    _add_exposed(waited, plan, order, starts, ends, task, hidden_until)
                 hidden_until = end
                 if end > last_backward and instruction.opcode in _BACKWARD:
                     last_backward = end
@@ -58,30 +65,32 @@ def account(
         exposed.append(waited)
     return Account(
         stream_seconds=tuple(streams),
-        exposed_seconds=tuple(exposed),
+        exposed_by=tuple(exposed),
         link_bytes=_link_bytes(works),
         last_backward_seconds=last_backward,
     )
 
 
-def _exposed(
+def _add_exposed(
+    waited: dict[str, float],
     plan: Plan,
     order: PartialOrder,
     starts: Sequence[float],
     ends: Sequence[float],
     task: int,
     idle_from: float,
-) -> float:
-    """Communication on the path that led to `task`, back to where its stream fell idle."""
-    seconds, moment = 0.0, starts[task]
+) -> None:
+    """Add communication on the path that led to `task`, back to where its stream fell idle."""
+    moment = starts[task]
     while moment > idle_from and order.predecessors[task]:
         task = max(order.predecessors[task], key=lambda earlier: (ends[earlier], -earlier))
         rank, index = order.members[task][0]
         start = max(starts[task], idle_from)
-        if plan.programs[rank][index].stream != "compute":
-            seconds += max(0.0, min(ends[task], moment) - start)
+        instruction = plan.programs[rank][index]
+        if instruction.stream != "compute":
+            name = "RECEIVE" if instruction.opcode is Opcode.SEND else instruction.opcode.value
+            waited[name] = waited.get(name, 0.0) + max(0.0, min(ends[task], moment) - start)
         moment = start
-    return seconds
 
 
 def _link_bytes(works: Sequence[Work]) -> dict[str, float]:

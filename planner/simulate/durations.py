@@ -44,11 +44,7 @@ class Durations:
 
     @cached_property
     def links(self) -> Links:
-        return Links(
-            cluster=self.cluster,
-            num_replicas=self.plan.num_replicas,
-            num_pipeline_ranks=self.plan.num_pipeline_ranks,
-        )
+        return Links(cluster=self.cluster, grid=self.plan.grid)
 
     def works(self, order: PartialOrder) -> list[Work]:
         """Per task. Tasks that take the same share one object."""
@@ -106,22 +102,24 @@ class Durations:
     def _unit_work(self, rank: int, instruction: Instruction) -> Work:
         unit, replicas = self._units[instruction.unit or ""], self.plan.num_replicas
         part = -(-unit.num_elements // replicas) if self.plan.partition else unit.num_elements
+        divided = self.plan.divides_gradients
         element_bytes = DTYPE_BYTES[unit.dtype]
         leaving = unit.num_elements * element_bytes * (replicas - 1) / replicas
         match instruction.opcode:
-            case Opcode.GATHER if replicas == 1:
+            case Opcode.GATHER if replicas == 1 or not self.plan.partition:  # of the whole unit
                 num_bytes = unit.num_elements * element_bytes
                 return Work(seconds=max(copy_seconds(num_bytes, d) for d in self._devices[rank]))
             case Opcode.GATHER:
                 path = self.links.over_replicas(rank, leaving, num_passes=1)
                 return Work(path=path, num_bytes=leaving)
             case Opcode.REDUCE:
-                passes = 1 if self.plan.partition else 2
+                passes = 1 if divided else 2
                 path = self.links.over_replicas(rank, passes * leaving, num_passes=passes)
                 return Work(path=path, num_bytes=passes * leaving)
             case Opcode.REDUCE_TIED:
                 size = len(unit.ranks)
-                leaving = 2 * part * element_bytes * (size - 1) / size
+                reduced = part if divided else unit.num_elements
+                leaving = 2 * reduced * element_bytes * (size - 1) / size
                 path = self.links.over_ranks(unit.ranks, leaving, num_passes=2)
                 return Work(path=path, num_bytes=leaving)
         slots = self.plan.options.optimizer_slots
@@ -162,8 +160,7 @@ class Durations:
         everyone = [host.device for host in self.cluster.hosts for _ in range(host.num_devices)]
         found = []
         for rank in range(self.plan.num_pipeline_ranks):
-            first = self.plan.world_rank(rank, 0)
-            replicas = everyone[first : first + self.plan.num_replicas]
+            replicas = (everyone[place] for place in self.plan.grid.replicas_of(rank))
             found.append(list({id(device): device for device in replicas}.values()))
         return found
 

@@ -60,6 +60,8 @@ def simulate(
         stream_seconds=accounts.stream_seconds,
         exposed_seconds=accounts.exposed_seconds,
         link_bytes=accounts.link_bytes,
+        link_rates=durations.links.rates(),
+        exposed_by=accounts.exposed_by,
     )
 
 

@@ -6,7 +6,7 @@ alike and move together, so the simulator has one flow where the cluster has one
 That flow uses a port as often as the busiest replica uses its own, because every replica has a
 port to itself; and it uses an adapter as often as all replicas together, because they share it. So
 a rank's transfer counts once for every replica whose device and peer are on different hosts, one of
-them on the adapter's. World ranks fill the hosts in order (`Plan.world_rank`: replicas innermost).
+them on the adapter's. World ranks fill the hosts in order.
 
 A collective counts the messages of its busiest round. This module does not know who uses a link
 when: see `sharing`.
@@ -19,6 +19,7 @@ from typing import Literal
 
 from planner.cluster.types import Cluster, Link
 from planner.cost import num_rounds
+from planner.layouts import Grid
 
 __all__ = ["Edge", "Links", "Path"]
 
@@ -47,21 +48,17 @@ class Links:
     """Paths on one cluster, under one arrangement of pipeline ranks and replicas."""
 
     cluster: Cluster
-    num_replicas: int
-    num_pipeline_ranks: int
+    grid: Grid
     capacities: list[float] = field(default_factory=list)
     """Bytes per second of each resource."""
     _numbers: dict[str, int] = field(default_factory=dict)
     _paths: dict[tuple[object, ...], tuple[Path, ...]] = field(default_factory=dict)
-    _hosts: list[int] = field(default_factory=list)
     _is_ambiguous: bool = False
-    """A host's own link has the network's name."""
+    """A host's own link has the name of one between hosts."""
 
     def __post_init__(self) -> None:
-        network = self.cluster.network.name
-        self._is_ambiguous = any(host.link.name == network for host in self.cluster.hosts)
-        for index, host in enumerate(self.cluster.hosts):
-            self._hosts += [index] * host.num_devices
+        between = {self.cluster.network.name, *(own.link.name for own in self.cluster.host_links)}
+        self._is_ambiguous = any(host.link.name in between for host in self.cluster.hosts)
 
     def transfer(self, rank: int, peer: int) -> Path:
         """From one pipeline rank to another, on every replica at once."""
@@ -95,12 +92,17 @@ class Links:
         """The same over every rank and replica."""
         key = ("all", num_passes)
         if key not in self._paths:
-            everyone = range(self.num_pipeline_ranks * self.num_replicas)
+            everyone = range(self.grid.world_size)
             self._paths[key] = self._collective([everyone], num_passes)
         return _quickest(self._paths[key], num_bytes)
 
+    def rates(self) -> dict[str, float]:
+        """Bytes per second of each port and adapter of the paths asked for so far, by name; those
+        that are never short are left out."""
+        return {name: self.capacities[number] for name, number in self._numbers.items()}
+
     def _replicas(self, rank: int) -> Sequence[int]:
-        return range(rank * self.num_replicas, (rank + 1) * self.num_replicas)
+        return self.grid.replicas_of(rank)
 
     def _collective(self, groups: Sequence[Sequence[int]], num_passes: int) -> tuple[Path, ...]:
         """A path per algorithm in question. All groups are of one size and move together."""
@@ -129,7 +131,7 @@ class Links:
                 capacity = self.cluster.hosts[place].adapter_bandwidth or float("inf")
             else:
                 between = " between hosts" if kind == "network" and self._is_ambiguous else ""
-                rank = place // self.num_replicas
+                rank, _ = self.grid.coordinates(place)
                 name = f"{link.name} port of rank {rank}{between}, {direction}"
                 capacity = link.bandwidth
             known = named.get(name, (capacity, 0))
@@ -149,9 +151,9 @@ class Links:
     def _use(self, edge: Edge, uses: Counter[_Use]) -> Link:
         """Count the ports and adapters that one message passes; returns its link."""
         source, destination = edge
-        hosts = self._hosts[source], self._hosts[destination]
+        hosts = self.cluster.host_index(source), self.cluster.host_index(destination)
         inside = hosts[0] == hosts[1]
-        link = self.cluster.hosts[hosts[0]].link if inside else self.cluster.network
+        link = self.cluster.link(source, destination)
         for place, host, direction in ((source, hosts[0], "out"), (destination, hosts[1], "in")):
             way = direction if link.duplex else "both ways"
             uses["port" if inside else "network", place, link, way] += 1

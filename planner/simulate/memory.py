@@ -192,7 +192,7 @@ def _staging_bytes(plan: Plan, instruction: Instruction, sizes: Mapping[str, int
     if instruction.opcode is Opcode.REDUCE_TIED:
         (unit,) = (unit for unit in plan.units if unit.name == instruction.unit)
         return len(unit.ranks) * num_bytes
-    if plan.partition == 3:
+    if plan.divides_gradients:
         return plan.num_replicas * num_bytes
     return num_bytes  # each replica adds a part of it
 
@@ -254,4 +254,4 @@ def _in_checkpoint(name: str) -> bool:
 
 
 def _resident_kinds(plan: Plan) -> Iterable[str]:
-    return ("weights", "sum") if plan.offload_state else ("weights", "sum", "shard", "moments")
+    return {"weights", "sum", "shard", "moments"} - set(plan.offloaded)

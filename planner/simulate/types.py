@@ -76,6 +76,12 @@ class Simulation:
     """By name of the port or adapters and direction: bytes per step. A port is that of the busiest
     replica's device; a collective's busiest round stands for all its rounds."""
 
+    link_rates: Mapping[str, float]
+    """By the same names: bytes per second; what is never short is left out."""
+    exposed_by: tuple[Mapping[str, float], ...]
+    """Per pipeline rank: exposed seconds by the opcode of what is waited for, RECEIVE for what a
+    transfer takes."""
+
     @property
     def step_seconds(self) -> float:
         return self.timeline.step_seconds

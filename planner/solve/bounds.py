@@ -2,12 +2,14 @@
 
 These bounds cost next to nothing. They leave most choices out of the search before any split of
 them is made, so they must hold: for the step-time model, and for the simulator, which follows it.
+Where stages may be recomputed or not, and where ranks differ, they take the cheaper.
 This module knows the Instance alone.
 """
 
 import itertools
 
 from planner.solve.instance import Instance
+from planner.solve.tables import Table, least
 
 __all__ = ["least_rank_units", "least_step_ticks"]
 
@@ -19,106 +21,120 @@ def least_step_ticks(instance: Instance) -> int:
     for the longest; the busiest rank's compute, after the shortest possible fill and before the
     shortest drain, or up to its own last update; the data stream of the rank with most traffic.
     """
-    choice = instance.choice
+    choice, pace = instance.choice, instance.pace
     ranks, stages, count = choice.num_pipeline_ranks, choice.num_stages, choice.num_micro_batches
-    hops = [min(table[1:-1], default=0) for table in instance.hops]
-    gradient_hops = [min(table[1:-1], default=0) for table in instance.gradient_hops]
-    kinds = [instance.hop_kind(stage) for stage in range(1, stages)]
-    there = [hops[kind] for kind in kinds]
-    back = [gradient_hops[kind] for kind in kinds]
-    fill = sorted(there)[: ranks - 1] + _smallest_layers(instance.forward, ranks - 1)
-    drain = sorted(back)[: ranks - 1] + _smallest_layers(instance.backward, ranks - 1)
-    start = instance.gather[1] + instance.gather_per_stage if choice.partition == 3 else 0
-    end = max(instance.update[1], instance.least_update)
-    end += instance.reduce[1] + instance.reduce_per_stage
-
-    # Messages that no split avoids, of one micro-batch in both directions.
-    inner = stages - 1
-    sent = inner * (_least(instance.entry) + _least(instance.exit))
-    returned = inner * (_least(instance.gradient_entry) + _least(instance.gradient_exit))
-    rebuilt = sent if choice.recompute else 0
-
-    longest = [
-        max(_largest_layer(instance.forward), -(-(instance.forward[-1] + sent) // stages)),
-        max(_largest_layer(instance.turn), -(-(instance.turn[-1] + returned + rebuilt) // stages)),
-    ]
-    chain = (
-        instance.forward[-1]
-        + instance.backward[-1]
-        + sent
-        + returned
-        + (count - 1) * sum(longest)
-        + sum(there)
-        + sum(back)
+    forward, backward = _least(instance, "forward"), _least(instance, "backward")
+    there, back = (
+        [min(table[1:-1], default=0) for table in tables]
+        for tables in (instance.hops, instance.gradient_hops)
     )
+    there, back = ([hops[kind] for kind in instance.hop_kinds[1:]] for hops in (there, back))
+    fill = sum(sorted(there)[: ranks - 1]) + _smallest_layers(forward, ranks - 1)
+    drain = sum(sorted(back)[: ranks - 1]) + _smallest_layers(backward, ranks - 1)
+    start = _first_layer(instance, "gather") if pace.gathers else 0
+    end = _least_end(instance)
 
-    busiest = -(-(_least_compute(instance) + count * (sent + returned)) // ranks)
-    updates = max(instance.update[-1], stages * instance.least_update)
-    busiest_updated = -(-(_least_compute(instance) + count * (sent + returned) + updates) // ranks)
-    largest = count * _largest_layer(instance.time) - _largest_layer(instance.rebuild)
+    again = 1 if choice.recompute else 0
+    through, returned = _everything(forward, stages), _everything(backward, stages)
+    turns = [b - f for f, b in itertools.pairwise(instance.time)]
+    largest_turn = max(t - f for t, f in zip(turns, forward.layers, strict=True))
+    longest = max(max(forward.layers), -(-through // stages))
+    longest += max(largest_turn, -(-(returned + again * through) // stages))
+    chain = through + returned + (count - 1) * longest + sum(there) + sum(back)
 
-    gathers = instance.gather[-1] + stages * instance.gather_per_stage
-    reductions = instance.reduce[-1] + stages * instance.reduce_per_stage
-    traffic = -(-(gathers + reductions) // ranks)
-    return instance.tied_ticks + max(
+    compute = count * (through + returned) + again * _least_rebuilt(instance, forward)
+    busiest = -(-compute // ranks)
+    largest = count * max(turns) - again * max(forward.layers)
+    updates = _everything(_least(instance, "update"), stages)
+    floor = stages * min(kind.least_update for kind in instance.kinds)
+    return max(
         start + chain + end,
-        start + sum(fill) + max(busiest, largest) + sum(drain) + end,
-        sum(fill) + busiest_updated,
-        traffic,
+        start + fill + max(busiest, largest) + drain + end,
+        fill + -(-(compute + max(updates, floor)) // ranks),
+        -(-_least_traffic(instance) // ranks),
     )
 
 
-def _least_compute(instance: Instance) -> int:
-    """Ticks of all ranks' compute that delay the step, messages not included.
+def _least(instance: Instance, name: str) -> Table:
+    """Below that table of every kind of rank."""
+    return least([getattr(kind, name) for kind in instance.kinds])
+
+
+def _first_layer(instance: Instance, name: str) -> int:
+    """At least what the stage takes that holds the first layer."""
+    table = _least(instance, name)
+    return table.prefix[1] + table.entry[0] + min(table.leave)
+
+
+def _everything(table: Table, num_stages: int) -> int:
+    """At least what so many stages that hold all layers take together."""
+    inner = min(table.entry[1:-1], default=0) + min(table.leave[1:-1], default=0)
+    return table.prefix[-1] + table.entry[0] + table.leave[-1] + (num_stages - 1) * inner
+
+
+def _smallest_layers(table: Table, number: int) -> int:
+    """So many of the smallest layers."""
+    return sum(sorted(table.layers)[:number])
+
+
+def _least_end(instance: Instance) -> int:
+    """After the first stage's backward: its reduction and its update at least."""
+    pace = instance.pace
+    end = _first_layer(instance, "reduce") if pace.reduces else 0
+    end += max(_first_layer(instance, "update"), min(kind.least_update for kind in instance.kinds))
+    return end + (_first_layer(instance, "gather_updated") if pace.gathers_updated else 0)
+
+
+def _least_rebuilt(instance: Instance, forward: Table) -> int:
+    """Ticks of second forwards that delay the step, where every stage has one.
 
     While the pipeline drains, the first micro-batch of a rank's last stage is rebuilt unnoticed;
     nothing drains on one rank. All other stages hold a layer each at least.
     """
-    choice, rebuild = instance.choice, instance.rebuild
-    compute = choice.num_micro_batches * instance.time[-1]
+    choice = instance.choice
+    whole = _everything(forward, choice.num_stages)
     if choice.num_pipeline_ranks == 1:
-        return compute
+        return choice.num_micro_batches * whole
     others = choice.num_stages - choice.num_pipeline_ranks
-    return compute - rebuild[-1] + sum(_smallest_layers(rebuild, others))
+    return (choice.num_micro_batches - 1) * whole + _smallest_layers(forward, others)
 
 
-def _least(cuts: tuple[int, ...]) -> int:
-    """Of the cuts between two layers."""
-    return min(cuts[1:-1], default=0)
-
-
-def _smallest_layers(prefix: tuple[int, ...], number: int) -> list[int]:
-    """The smallest differences of neighbours in a prefix sum."""
-    return sorted(end - first for first, end in itertools.pairwise(prefix))[:number]
-
-
-def _largest_layer(prefix: tuple[int, ...]) -> int:
-    """Largest difference of neighbours in a prefix sum."""
-    return max(end - first for first, end in itertools.pairwise(prefix))
+def _least_traffic(instance: Instance) -> int:
+    """Of all ranks' data streams together."""
+    pace, stages = instance.pace, instance.choice.num_stages
+    names = {
+        "gather": pace.gathers,
+        "reduce": pace.reduces,
+        "gather_updated": pace.gathers_updated,
+    }
+    return sum(_everything(_least(instance, name), stages) for name, used in names.items() if used)
 
 
 def least_rank_units(instance: Instance) -> int:
     """Memory that the fullest rank cannot go below under any split.
 
-    It is at least the mean over ranks, and at least what the largest layer takes alone.
+    It is at least the mean over ranks at the end of forward, and at least what the largest layer
+    takes alone.
     """
-    ranks, stages = instance.choice.num_pipeline_ranks, instance.choice.num_stages
-    pairs = zip(instance.entry_kept[1:-1], instance.exit_unkept[1:-1], strict=True)
-    cheapest_cut = min((entry - unkept for entry, unkept in pairs), default=0)
-    total = sum(instance.fixed_units) + instance.kept[-1] + (stages - 1) * cheapest_cut
+    memory, choice = instance.memory, instance.choice
+    ranks, per_rank = choice.num_pipeline_ranks, choice.stages_per_rank
+    options = memory.stored if choice.recompute is None else (memory.stored[choice.recompute],)
+    total = sum(instance.fixed_units) + memory.state.prefix[-1]
+    total += min(_everything(table, choice.num_stages) for table in options)
     # A rank's largest stage is at least its mean stage.
-    per_rank = instance.choice.stages_per_rank
-    total += max(_largest_layer(instance.buffer), -(-instance.buffer[-1] // per_rank))
-    total += max(0, instance.rebuilt[-1] // per_rank - ranks * max(instance.rebuilt_exit_unkept))
+    total += memory.num_gather_buffers * max(
+        max(memory.gather.layers), memory.gather.prefix[-1] // per_rank
+    )
+    turns = -(-per_rank // max(1, memory.num_sum_buffers)) if memory.alternates else 1
+    number = 1 if memory.alternates else memory.num_sum_buffers
+    total += max(
+        number * max(memory.sums.layers),
+        number * memory.sums.prefix[-1] // (turns if memory.alternates else per_rank),
+    )
     alone = max(
-        instance.kept[end]
-        - instance.kept[first]
-        - instance.exit_unkept[end]
-        + instance.buffer[end]
-        - instance.buffer[first]
-        + instance.rebuilt[end]
-        - instance.rebuilt[first]
-        - instance.rebuilt_exit_unkept[end]
-        for first, end in itertools.pairwise(range(instance.num_layers + 1))
+        state + memory.num_gather_buffers * gather + number * sums
+        for state, gather, sums in zip(
+            memory.state.layers, memory.gather.layers, memory.sums.layers, strict=True
+        )
     )
     return max(-(-total // ranks), alone + min(instance.fixed_units))

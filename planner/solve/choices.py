@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from planner.errors import UsageError
+from planner.layouts import Grid, Layout
 from planner.solve.problem import Constraints, Problem
+from planner.solve.types import Split
 
-__all__ = ["Choice", "check_problem", "divisors", "mesh_groups"]
+__all__ = [
+    "Choice", "check_problem", "demands", "divisors", "mesh_groups", "stage_counts",
+]  # fmt: skip
 
 STAGES_PER_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 MAX_STAGES = 512
@@ -30,11 +34,30 @@ class Choice:
     micro_batch_size: int
     num_micro_batches: int
     partition: int
-    recompute: bool
+    recompute: bool | None
+    """Of all stages, or of none; None: decided per stage, with the boundaries."""
+    offload_state: bool = False
+    offload_inputs: bool = False
+    num_buffers: int = 2
+    """Size of the pools of weight and of gradient buffers."""
+    layout: Layout = Layout.REPLICAS_INSIDE
 
     @property
     def num_stages(self) -> int:
         return self.num_pipeline_ranks * self.stages_per_rank
+
+    @property
+    def grid(self) -> Grid:
+        """Which world rank is which replica's which pipeline rank."""
+        return Grid(
+            num_replicas=self.num_replicas,
+            num_pipeline_ranks=self.num_pipeline_ranks,
+            layout=self.layout,
+        )
+
+    def split(self, boundaries: tuple[int, ...]) -> Split:
+        """With these boundaries; no stage is recomputed unless the choice says so of all."""
+        return Split(boundaries=boundaries, recompute=(self.recompute is True,) * self.num_stages)
 
     def describe(self) -> str:
         """In words, for messages."""
@@ -43,8 +66,13 @@ class Choice:
             f"{_counted(self.num_pipeline_ranks, 'pipeline rank')}, "
             f"{_counted(self.stages_per_rank, 'stage')} per rank, "
             f"{_counted(self.num_micro_batches, 'micro-batch', 'es')} of {self.micro_batch_size}, "
-            f"partition {self.partition}, {'with' if self.recompute else 'no'} recompute"
+            f"partition {self.partition}, {_RECOMPUTES[self.recompute]}"
+            + (", state offloaded" if self.offload_state else "")
+            + (", inputs offloaded" if self.offload_inputs else "")
         )
+
+
+_RECOMPUTES = {False: "no recompute", True: "with recompute", None: "recompute per stage"}
 
 
 def _counted(number: int, noun: str, plural: str = "s") -> str:
@@ -85,8 +113,8 @@ def check_problem(problem: Problem, num_layers: int) -> None:
             f"the model has {num_layers} layers",
             hint=f"at most {num_layers // ranks} stages per rank",
         )
-    if wanted.partition not in (None, 0, 3):
-        raise UsageError(f"partition level {wanted.partition} is unknown", hint="0 or 3")
+    if wanted.partition not in (None, 0, 1, 2, 3):
+        raise UsageError(f"partition level {wanted.partition} is unknown", hint="0, 1, 2 or 3")
     _check_batch(problem)
 
 
@@ -100,6 +128,7 @@ def _demanded_counts(problem: Problem) -> tuple[tuple[str, int | None], ...]:
         ("the number of stages per rank", wanted.stages_per_rank),
         ("the micro-batch size", wanted.micro_batch_size),
         ("the number of micro-batches", wanted.num_micro_batches),
+        ("the number of buffers", wanted.num_buffers),
     )
 
 
@@ -149,12 +178,12 @@ def mesh_groups(
     if not found:
         raise UsageError(
             f"no mesh of up to {problem.num_devices} devices serves a global batch of "
-            f"{problem.global_batch_size} samples with {_demands(problem.constraints)}",
+            f"{problem.global_batch_size} samples with {demands(problem.constraints)}",
             hint="leave one of these choices free (partition 3 needs at least two replicas)",
         )
 
 
-def _demands(wanted: Constraints) -> str:
+def demands(wanted: Constraints) -> str:
     """What the user fixed, in words."""
     fixed = {name: getattr(wanted, name) for name in Constraints.__dataclass_fields__}
     given = [f"{name.replace('_', ' ')} {v}" for name, v in fixed.items() if v is not None]
@@ -225,20 +254,25 @@ def _micro_batch_sizes(
     return tuple(dict.fromkeys(sizes))
 
 
+def stage_counts(wanted: Constraints, ranks: int, num_layers: int) -> list[int]:
+    """Stages per rank that are worth a try, ascending."""
+    longest = min(num_layers, MAX_STAGES) // ranks
+    if wanted.stages_per_rank is not None:
+        return [wanted.stages_per_rank] if wanted.stages_per_rank * ranks <= num_layers else []
+    return sorted({count for count in (*STAGES_PER_RANK, longest) if 0 < count <= longest})
+
+
 def _choices_of_mesh(
     problem: Problem, mesh: tuple[int, int], num_layers: int, sizes: tuple[int, ...]
 ) -> Iterator[Choice]:
     (replicas, ranks), wanted = mesh, problem.constraints
-    longest = min(num_layers, MAX_STAGES) // ranks
-    stages = [count for count in (*STAGES_PER_RANK, longest) if count <= longest]
-    if wanted.stages_per_rank is not None:
-        stages = [wanted.stages_per_rank] if wanted.stages_per_rank * ranks <= num_layers else []
+    stages = stage_counts(wanted, ranks, num_layers)
     partitions = [0, 3] if replicas > 1 else [0]
     if wanted.partition is not None:
-        partitions = [level for level in partitions if level == wanted.partition]
+        partitions = [wanted.partition] if replicas > 1 or not wanted.partition else []
     recomputes = [False, True] if wanted.recompute is None else [wanted.recompute]
     for (size, count), stages_per_rank, partition, recompute in itertools.product(
-        _batchings(problem, replicas, ranks), dict.fromkeys(stages), partitions, recomputes
+        _batchings(problem, replicas, ranks), stages, partitions, recomputes
     ):
         if size in sizes:
             yield Choice(
@@ -249,4 +283,7 @@ def _choices_of_mesh(
                 num_micro_batches=count,
                 partition=partition,
                 recompute=recompute,
+                offload_state=wanted.offload_state or False,
+                offload_inputs=wanted.offload_inputs or False,
+                num_buffers=wanted.num_buffers or 2,
             )

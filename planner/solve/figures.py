@@ -1,9 +1,9 @@
-"""Layers and cuts of a model at one micro-batch size, as plain arrays of seconds and bytes.
+"""Layers of a model at one micro-batch size, as plain arrays of seconds and bytes.
 
 A *cut* c is the place before layer c: cut 0 is the start of the model. Whatever depends on a
 stage only through its first layer and its end becomes a figure of a layer or of a cut, so that
 a stage's cost is a difference of prefix sums plus a term of each of its two cuts.
-This module knows layers and cuts. It does not know stages, ranks or links.
+This module knows layers. It does not know stages, ranks or links.
 """
 
 import itertools
@@ -15,7 +15,9 @@ from planner.cost import layer_seconds
 from planner.graph import LayerGraph, ParameterSpec
 from planner.profile import Profile
 
-__all__ = ["Figures", "ParameterFigures", "Passage", "make_figures"]
+__all__ = [
+    "Figures", "LayerTimes", "ParameterFigures", "Passage", "Saving", "layer_times", "make_figures"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +27,11 @@ class ParameterFigures:
     weight_bytes: tuple[int, ...]
     trainable_bytes: tuple[int, ...]
     """Of the parameters that have a gradient and an optimizer state."""
-    trainable_words: tuple[int, ...]
-    """The same in words of 4 bytes, rounded up: float32 elements, or what takes as much."""
+    tied_weight_bytes: tuple[int, ...]
+    """Of the parameters that other layers use as well."""
+    tied_trainable_bytes: tuple[int, ...]
+    largest_bytes: tuple[int, ...]
+    """The largest trainable parameter of each layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +46,37 @@ class Passage:
     num_bytes: int
     requires_grad: bool
     """Whether its gradient returns."""
+    first_saver: int | None
+    """The first layer that keeps the tensor for backward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """A tensor that layers keep for backward."""
+
+    maker: int
+    savers: tuple[int, ...]
+    """Ascending."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTimes:
+    """Seconds of one micro-batch, and of a message, on the slowest of some devices."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    message: float
+    """Compute time that each end of a transfer between ranks loses."""
+    issue: float
+    """Host time to issue an instruction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Per layer (length L) or per cut (length L + 1), for one micro-batch."""
+    """Per layer, for one micro-batch."""
 
     num_layers: int
-    forward_seconds: tuple[float, ...]
-    backward_seconds: tuple[float, ...]
     parameters: ParameterFigures
     """A tied parameter counts in each layer that uses it: on separate ranks it is held twice."""
     parameters_once: ParameterFigures
@@ -58,39 +85,47 @@ class Figures:
     """Of trainable parameters used by several layers."""
     saved_bytes: tuple[int, ...]
     """Kept from forward for backward: the layer's own, and its outputs that any layer keeps."""
-    entry_saved_bytes: tuple[int, ...]
-    """Per cut: tensors from before it that a layer after it keeps for backward."""
-    exit_unsaved_bytes: tuple[int, ...]
-    """Per cut: outputs of the layer before it that only layers after it keep."""
-    crossing_bytes: tuple[int, ...]
-    """Per cut: tensors from before it that layers after it read."""
-    gradient_crossing_bytes: tuple[int, ...]
-    """Per cut: those of them whose gradient returns."""
+    savings: tuple[Saving, ...]
     passages: tuple[Passage, ...]
     """What passes between layers, from reader to reader."""
-    message_seconds: float
-    """Compute time that each end of a transfer between ranks loses."""
-    transient_bytes: tuple[int, ...]
-    """Per layer: peak above what is kept."""
+    forward_transient_bytes: tuple[int, ...]
+    """Peak of a layer's forward, above what it finds; what it keeps is part of it."""
+    own_saved_bytes: tuple[int, ...]
+    """What each layer keeps beside boundary tensors."""
+    backward_transient_bytes: tuple[int, ...]
+    """Peak of a layer's backward above what it has kept."""
+    changed_buffer_bytes: tuple[int, ...]
+    """Of module buffers that a forward changes, which recompute must find as they were."""
+    module_buffer_bytes: int
     batch_bytes: int
     """Batch keys read by several layers (masks), which any rank may load."""
     layer_batch_bytes: tuple[int, ...]
     """Batch keys that this layer alone reads, and the loss's keys in the last layer."""
 
 
-def make_figures(graph: LayerGraph, profile: Profile, devices: Sequence[Device]) -> Figures:
-    """The figures of a model on the slowest of the given kinds of device."""
+def layer_times(profile: Profile, devices: Sequence[Device]) -> LayerTimes:
+    """What each layer takes on the slowest of the given kinds of device."""
     seconds = [
         max((layer_seconds(layer, device) for device in devices), key=sum)
         for layer in profile.layers
     ]
+    return LayerTimes(
+        forward=tuple(forward for forward, _ in seconds),
+        backward=tuple(backward for _, backward in seconds),
+        message=max(device.message_seconds for device in devices),
+        issue=max(device.instruction_overhead_seconds for device in devices),
+    )
+
+
+def make_figures(graph: LayerGraph, profile: Profile) -> Figures:
+    """The figures of a model."""
     shared_batch_bytes, layer_batch_bytes = _batch_bytes(graph)
-    saved, entry_saved, exit_unsaved = _saved_bytes(graph, profile)
-    crossing, gradient_crossing = _crossing_bytes(graph)
+    savings = _savings(graph, profile)
+    saved = [layer.saved_bytes for layer in profile.layers]
+    for saving in savings:
+        saved[saving.maker] += saving.num_bytes
     return Figures(
         num_layers=len(graph.layers),
-        forward_seconds=tuple(forward for forward, _ in seconds),
-        backward_seconds=tuple(backward for _, backward in seconds),
         parameters=_parameter_figures(graph, [layer.parameters for layer in graph.layers]),
         parameters_once=_parameter_figures(graph, _first_uses(graph)),
         tied_bytes=sum(
@@ -98,20 +133,16 @@ def make_figures(graph: LayerGraph, profile: Profile, devices: Sequence[Device])
             for name in graph.tied_parameters
             if graph.parameter_specs[name].trainable
         ),
-        saved_bytes=saved,
-        entry_saved_bytes=entry_saved,
-        exit_unsaved_bytes=exit_unsaved,
-        crossing_bytes=crossing,
-        gradient_crossing_bytes=gradient_crossing,
-        passages=_passages(graph),
-        message_seconds=max(device.message_seconds for device in devices),
-        transient_bytes=tuple(
-            max(
-                layer.backward_transient_bytes,
-                layer.forward_transient_bytes - layer.saved_bytes,
-            )
-            for layer in profile.layers
+        saved_bytes=tuple(saved),
+        savings=savings,
+        passages=_passages(graph, profile),
+        forward_transient_bytes=tuple(layer.forward_transient_bytes for layer in profile.layers),
+        own_saved_bytes=tuple(layer.saved_bytes for layer in profile.layers),
+        backward_transient_bytes=tuple(layer.backward_transient_bytes for layer in profile.layers),
+        changed_buffer_bytes=tuple(
+            layer.memory.changed_buffer_bytes if layer.memory else 0 for layer in profile.layers
         ),
+        module_buffer_bytes=graph.buffer_bytes,
         batch_bytes=shared_batch_bytes,
         layer_batch_bytes=layer_batch_bytes,
     )
@@ -130,57 +161,44 @@ def _parameter_figures(graph: LayerGraph, uses: Sequence[tuple[str, ...]]) -> Pa
     specs = graph.parameter_specs
     layers = [[specs[name] for name in names] for names in uses]
     trainable: list[list[ParameterSpec]] = [[p for p in layer if p.trainable] for layer in layers]
+    tied = set(graph.tied_parameters)
+
+    def total(layer: Sequence[ParameterSpec], *, tied_only: bool) -> int:
+        return sum(p.num_bytes for p in layer if not tied_only or p.name in tied)
+
     return ParameterFigures(
-        weight_bytes=tuple(sum(p.num_bytes for p in layer) for layer in layers),
-        trainable_bytes=tuple(sum(p.num_bytes for p in layer) for layer in trainable),
-        trainable_words=tuple(-(-sum(p.num_bytes for p in layer) // 4) for layer in trainable),
+        weight_bytes=tuple(total(layer, tied_only=False) for layer in layers),
+        trainable_bytes=tuple(total(layer, tied_only=False) for layer in trainable),
+        tied_weight_bytes=tuple(total(layer, tied_only=True) for layer in layers),
+        tied_trainable_bytes=tuple(total(layer, tied_only=True) for layer in trainable),
+        largest_bytes=tuple(max((p.num_bytes for p in layer), default=0) for layer in trainable),
     )
 
 
-def _saved_bytes(
-    graph: LayerGraph, profile: Profile
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Saved bytes per layer, and the corrections at a stage's first and last cut.
-
-    A tensor kept by several layers of a stage is one storage. It counts in the layer that makes
-    it; a stage that begins after its maker counts it at its entry; a stage that ends right after
-    its maker, and keeps nothing of it, takes it off again at its exit. A tensor with distant
-    readers may be counted where it is not kept, never the reverse.
-    """
-    num_layers = len(graph.layers)
+def _savers(graph: LayerGraph, profile: Profile) -> dict[str, list[int]]:
+    """Boundary tensor -> the layers that keep it, ascending."""
     savers: dict[str, list[int]] = {tensor.name: [] for tensor in graph.tensors}
     for index, layer in enumerate(profile.layers):
         for name in layer.saved_tensors:
             if name in savers:
                 savers[name].append(index)
-    saved = [layer.saved_bytes for layer in profile.layers]
-    entry, exit_unsaved = [0] * (num_layers + 1), [0] * (num_layers + 1)
+    return savers
+
+
+def _savings(graph: LayerGraph, profile: Profile) -> tuple[Saving, ...]:
+    """A tensor kept by several layers of a stage is one storage, counted in the layer that makes
+    it; a stage that begins after its maker counts it at its entry; a stage that ends right after
+    its maker, and keeps nothing of it, takes it off again at its exit."""
     specs, makers = graph.tensor_specs, graph.makers
-    for name, layers in savers.items():
-        if not layers:
-            continue
-        maker, num_bytes = makers[name], specs[name].num_bytes
-        saved[maker] += num_bytes
-        for cut in range(maker + 1, max(layers) + 1):
-            entry[cut] += num_bytes
-        if min(layers) > maker:
-            exit_unsaved[maker + 1] += num_bytes
-    return tuple(saved), tuple(entry), tuple(exit_unsaved)
+    return tuple(
+        Saving(maker=makers[name], savers=tuple(layers), num_bytes=specs[name].num_bytes)
+        for name, layers in _savers(graph, profile).items()
+        if layers
+    )
 
 
-def _crossing_bytes(graph: LayerGraph) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    num_cuts = len(graph.layers) + 1
-    crossing, gradients = [0] * num_cuts, [0] * num_cuts
-    specs, makers = graph.tensor_specs, graph.makers
-    for name, readers in graph.readers.items():
-        for cut in range(makers[name] + 1, max(readers, default=-1) + 1):
-            crossing[cut] += specs[name].num_bytes
-            gradients[cut] += specs[name].num_bytes if specs[name].requires_grad else 0
-    return tuple(crossing), tuple(gradients)
-
-
-def _passages(graph: LayerGraph) -> tuple[Passage, ...]:
-    specs, makers = graph.tensor_specs, graph.makers
+def _passages(graph: LayerGraph, profile: Profile) -> tuple[Passage, ...]:
+    specs, makers, savers = graph.tensor_specs, graph.makers, _savers(graph, profile)
     return tuple(
         Passage(
             maker=makers[name],
@@ -188,6 +206,7 @@ def _passages(graph: LayerGraph) -> tuple[Passage, ...]:
             reader=reader,
             num_bytes=specs[name].num_bytes,
             requires_grad=specs[name].requires_grad,
+            first_saver=savers[name][0] if savers[name] else None,
         )
         for name, readers in graph.readers.items()
         for holder, reader in itertools.pairwise((makers[name], *sorted(readers)))

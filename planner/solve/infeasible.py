@@ -1,28 +1,32 @@
-"""Why nothing fits, and which single change would.
+"""Why nothing fits: the nearest miss, class by class, and the memory that would be enough.
 
-This module knows the memory model. It proposes only changes under which that model finds a fit.
+This module knows the memory model. `planner.explain.remedies` knows which changes would do.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from planner.errors import InfeasibleError, TraceError, UsageError
+from planner.errors import InfeasibleError
 from planner.solve.bounds import least_rank_units
 from planner.solve.build import Builder
-from planner.solve.choices import Choice, mesh_groups
+from planner.solve.choices import mesh_groups
+from planner.solve.classes import bytes_by_class
 from planner.solve.entry import Clock
 from planner.solve.instance import Instance, overflow_units, rank_units
-from planner.solve.memory import bytes_by_class
 from planner.solve.problem import Problem
 from planner.solve.sizes import Sizes
-from planner.solve.splits import fits, warm_start
+from planner.solve.splits import balanced_split, warm_start
+from planner.solve.types import Split
 
 __all__ = [
     "MAX_TRIES",
+    "SEARCH_EFFORT",
     "by_headroom",
     "explain",
     "format_bytes",
+    "lean_split",
+    "least_memory",
     "with_margin",
 ]
 
@@ -39,29 +43,20 @@ def by_headroom(instances: Sequence[Instance]) -> list[Instance]:
     )
 
 
-def explain(
-    problem: Problem, builder: Builder, instances: Sequence[Instance], margin_bytes: int
-) -> InfeasibleError:
-    """The nearest miss by class of bytes, and the changes that would make it fit.
+def explain(builder: Builder, instances: Sequence[Instance], margin_bytes: int) -> InfeasibleError:
+    """The nearest miss by class of bytes.
 
-    `margin_bytes` is what the simulator found on a rank beyond the memory model: a change must
-    leave room for it too.
+    `margin_bytes` is what the simulator found on a rank beyond the memory model.
     """
-    tried = [
-        (instance, warm_start(instance, SEARCH_EFFORT))
-        for instance in by_headroom(instances)[:MAX_TRIES]
-    ]
-    instance, boundaries = min(tried, key=lambda pair: _overflow_bytes(*pair))
+    instance, split = min(_tried(instances), key=lambda pair: _overflow_bytes(*pair))
     choice = instance.choice
     excess = [
         units - limit
-        for units, limit in zip(rank_units(instance, boundaries), instance.limit_units, strict=True)
+        for units, limit in zip(rank_units(instance, split), instance.limit_units, strict=True)
     ]
     rank = excess.index(max(excess))
     limit = builder.mesh_of(choice).limit_bytes[rank]
-    classes = bytes_by_class(
-        builder.figures_of(choice), choice, builder.memory_of(choice), boundaries, rank
-    )
+    classes = bytes_by_class(builder.instance_in(choice, 1), split, rank)
     if margin_bytes:
         classes["found by the simulator beyond these"] = margin_bytes
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in classes.items() if count)
@@ -69,80 +64,45 @@ def explain(
         f"no placement fits in memory. The nearest ({choice.describe()}) needs "
         f"{format_bytes(sum(classes.values()))} on pipeline rank {rank}, the limit is "
         f"{format_bytes(limit)}: {parts}",
-        hint="; or ".join(_remedies(problem, tried, margin_bytes))
-        or "a smaller model: no single change of batch, mesh, recompute or devices fits",
+        hint="more memory or devices, a smaller batch, or leave more choices open",
     )
 
 
-def _overflow_bytes(instance: Instance, boundaries: tuple[int, ...]) -> int:
-    return overflow_units(instance, boundaries)[0] * instance.unit_bytes
+def least_memory(problem: Problem) -> int:
+    """Bytes per device that would be enough, by the memory model, on all devices.
 
-
-def _remedies(
-    problem: Problem, tried: list[tuple[Instance, tuple[int, ...]]], margin_bytes: int
-) -> Iterator[str]:
-    for changed, describe in _changes(problem):
-        found = _find_fit(changed, margin_bytes)
-        if found is not None:
-            yield describe(found)
-    least = min(
-        max(rank_units(instance, boundaries)) * instance.unit_bytes
-        for instance, boundaries in tried
-    )
-    enough = _round_up(least + margin_bytes)
-    if _find_fit(dataclasses.replace(problem, memory_limit_bytes=enough), margin_bytes):
-        yield f"a memory limit of {format_bytes(enough)} per device"
-
-
-def _changes(problem: Problem) -> Iterator[tuple[Problem, Callable[[Choice], str]]]:
-    """Single changes of what the user fixed, then of the number of devices."""
-    wanted = problem.constraints
-
-    def freed(**choices: None) -> Problem:
-        return dataclasses.replace(problem, constraints=dataclasses.replace(wanted, **choices))
-
-    if wanted.recompute is False:
-        yield freed(recompute=None), lambda _: "recompute the activations"
-    if wanted.partition == 0:
-        yield freed(partition=None), lambda _: "partition level 3"
-    if wanted.micro_batch_size is not None or wanted.num_micro_batches is not None:
-        yield (
-            freed(micro_batch_size=None, num_micro_batches=None),
-            lambda c: f"{c.num_micro_batches} micro-batches of {c.micro_batch_size} per replica",
-        )
-    if wanted.stages_per_rank is not None:
-        yield freed(stages_per_rank=None), lambda c: f"{c.stages_per_rank} stages per rank"
-    if wanted.num_replicas is not None or wanted.num_pipeline_ranks is not None:
-        yield (
-            freed(num_replicas=None, num_pipeline_ranks=None),
-            lambda c: f"{c.num_replicas} replicas x {c.num_pipeline_ranks} pipeline ranks",
-        )
-    for factor in (2, 4):
-        cluster = problem.cluster
-        number = factor * problem.num_devices
-        if number > cluster.num_devices:
-            cluster = dataclasses.replace(cluster, hosts=cluster.hosts * factor)
-        yield (
-            dataclasses.replace(problem, cluster=cluster, num_devices=number),
-            lambda c: f"{c.num_replicas * c.num_pipeline_ranks} devices ({c.describe()})",
-        )
-
-
-def _find_fit(problem: Problem, margin_bytes: int) -> Choice | None:
-    """A choice that fits by the memory model, `margin_bytes` spared on every rank."""
+    Raises:
+        UsageError: the demands contradict each other, the model or the cluster.
+        TraceError: the model cannot be traced with any micro-batch size.
+    """
     builder = Builder(problem=problem)
     sizes = Sizes(problem=problem, clock=Clock(limit_seconds=math.inf))
-    try:
-        choices = next(mesh_groups(problem, sizes.count_layers(), accepts=sizes.accepts))
-    except (TraceError, UsageError):
-        return None
-    instances = (builder.instance(c) for c in choices if sizes.accepts(c.micro_batch_size))
-    spared = [with_margin(i, [margin_bytes] * len(i.fixed_units)) for i in instances]
-    possible = [i for i in spared if least_rank_units(i) <= max(i.limit_units)]
-    for instance in by_headroom(possible)[:MAX_TRIES]:
-        if fits(instance, warm_start(instance, SEARCH_EFFORT)):
-            return instance.choice
-    return None
+    choices = next(mesh_groups(problem, sizes.count_layers(), accepts=sizes.accepts))
+    instances = [builder.instance(c) for c in choices if sizes.accepts(c.micro_batch_size)]
+    sizes.raise_if_all_refused()
+    return min(max(rank_units(i, split)) * i.unit_bytes for i, split in _tried(instances))
+
+
+def lean_split(instance: Instance) -> Split:
+    """Of the splits that are balanced in something, the one nearest to the memory there is."""
+    stages = instance.choice.num_stages
+    splits = {
+        instance.choice.split(balanced_split(prefix, stages))
+        for prefix in (instance.kept, instance.buffer, instance.time)
+    }
+    return min(sorted(splits), key=lambda split: overflow_units(instance, split))
+
+
+def _tried(instances: Sequence[Instance]) -> list[tuple[Instance, Split]]:
+    """The roomiest with splits that need little memory: a local search for the nearest few."""
+    lean = [(instance, lean_split(instance)) for instance in by_headroom(instances)[:MAX_TRIES]]
+    lean.sort(key=lambda pair: _overflow_bytes(*pair))
+    searched = [(instance, warm_start(instance, SEARCH_EFFORT)) for instance, _ in lean[:2]]
+    return [*searched, *lean]
+
+
+def _overflow_bytes(instance: Instance, split: Split) -> int:
+    return overflow_units(instance, split)[0] * instance.unit_bytes
 
 
 def with_margin(instance: Instance, margin_bytes: Sequence[int]) -> Instance:
@@ -154,14 +114,6 @@ def with_margin(instance: Instance, margin_bytes: Sequence[int]) -> Instance:
             for units, margin in zip(instance.fixed_units, margin_bytes, strict=True)
         ),
     )
-
-
-def _round_up(num_bytes: int) -> int:
-    """To whole GiB, MiB or bytes, so that the printed figure is the true one."""
-    for unit in (2**30, 2**20):
-        if num_bytes >= 4 * unit:
-            return math.ceil(num_bytes / unit) * unit
-    return num_bytes
 
 
 def format_bytes(num_bytes: int) -> str:

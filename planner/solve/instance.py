@@ -1,170 +1,250 @@
 """One split problem in whole numbers: everything that depends on where the cuts lie.
 
 Times are counted in ticks and memory in units, so that the dynamic programme, the local search,
-CP-SAT and a brute force agree to the last digit. A stage's cost is a difference of prefix sums.
+CP-SAT and a brute force agree to the last digit. What a stage takes is read off tables over cuts,
+which differ with the kind of devices that its rank has.
 This module knows the tables and how they are read. It does not know where the figures come from.
 """
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import mul
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.solve.choices import Choice
-from planner.solve.memory import num_buffers
-from planner.solve.pace import Pace, StageTicks, step_time
+from planner.solve.moments import MemoryTables, peaks
+from planner.solve.pace import step_time
+from planner.solve.step_parts import STAGE_COLUMNS, Pace, StageTicks, Ticks
+from planner.solve.tables import Cuts, Table, least
+from planner.solve.types import Split
 
 __all__ = [
-    "Instance",
-    "overflow_units",
-    "rank_units",
-    "stage_ticks",
-    "step_ticks",
-]
+    "Cuts", "Instance", "RankTables", "overflow_units", "rank_units", "rank_units_of_many",
+    "stage_ticks", "stages_of", "step_ticks", "step_ticks_of_many",
+]  # fmt: skip
+
+FEW_STAGES = 24
+"""Up to so many, numbers one by one are faster than arrays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTables:
+    """Ticks that stages take on one kind of pipeline rank."""
+
+    forward: Table
+    """One micro-batch, with the messages at both ends."""
+    backward: Table
+    """The same, a second forward not included."""
+    gather: Table
+    """Of the weights before a pass; nothing where they stay in place."""
+    reduce: Table
+    update: Table
+    least_update: int
+    """A stage's update takes so long at least."""
+    gather_updated: Table
+    load: Table
+    """One micro-batch's batch keys, from the host."""
+    sending: Table
+    """Host time between forwards, of all micro-batches, to issue transfers."""
+    returning: Table
+    inputs: Table
+    """One micro-batch's stored inputs, to the host or back."""
+    shard: Table
+    """Weights between the host and the device."""
+    moments: Table
+    read: Table
+    """The gradients, once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """Tables over layers or cuts; prefix sums and cut tables have num_layers + 1 entries."""
+    """The tables of one choice."""
 
     choice: Choice
     num_layers: int
     tick_seconds: float
     unit_bytes: int
-    forward: tuple[int, ...]
-    """Prefix sum: ticks of one micro-batch."""
-    backward: tuple[int, ...]
-    """Prefix sum: ticks of one micro-batch, a second forward not included."""
-    update: tuple[int, ...]
-    """Prefix sum: ticks of the optimizer's update."""
-    least_update: int
-    """Ticks that the update of a stage takes at least."""
-    gather: tuple[int, ...]
-    """Prefix sum: ticks to gather the weights; 0 where they are not partitioned."""
-    reduce: tuple[int, ...]
-    """Prefix sum: ticks to reduce the gradients; 0 with one replica."""
-    gather_per_stage: int
-    """Ticks of latency."""
-    reduce_per_stage: int
-    tied_ticks: int
-    """To add gradients of tied weights between ranks, after everything else."""
+    pace: Pace
+    kinds: tuple[RankTables, ...]
+    rank_kinds: tuple[int, ...]
+    """Index into kinds of each pipeline rank."""
     hops: tuple[tuple[int, ...], ...]
     """Per kind of link and cut: ticks to send one micro-batch's tensors."""
     gradient_hops: tuple[tuple[int, ...], ...]
     """The same for the gradients on their way back."""
     hop_kinds: tuple[int, ...]
-    """Kind of link from each pipeline rank to the next one in the ring."""
-    entry: tuple[int, ...]
-    """Per cut: ticks of compute that a stage beginning there loses to receiving a micro-batch."""
-    exit: tuple[int, ...]
-    """Per cut: ticks of compute that a stage ending there loses to sending a micro-batch on."""
-    gradient_entry: tuple[int, ...]
-    """Per cut: as entry, for the gradients that the stage sends back."""
-    gradient_exit: tuple[int, ...]
-    """Per cut: as exit, for the gradients that the stage receives."""
-    kept: tuple[int, ...]
-    """Prefix sum: units of state and activations. A stage [i, j) keeps
-    kept[j] - kept[i] + entry_kept[i] - exit_unkept[j]."""
-    entry_kept: tuple[int, ...]
-    """Per cut: units of earlier layers' tensors that a stage beginning there keeps."""
-    exit_unkept: tuple[int, ...]
-    """Per cut: units that a stage ending there does not keep after all."""
-    buffer: tuple[int, ...]
-    """Prefix sum: units of gather and gradient buffers; the largest stage of a rank counts."""
-    rebuilt: tuple[int, ...]
-    """Prefix sum: units that one recomputed micro-batch holds; the largest stage counts."""
-    rebuilt_exit_unkept: tuple[int, ...]
-    """Per cut: as exit_unkept, of the recomputed micro-batch."""
+    """Per stage: kind of the link over which it receives from the stage before."""
+    memory: MemoryTables
     fixed_units: tuple[int, ...]
     """Per pipeline rank: whatever the cuts do not change."""
     limit_units: tuple[int, ...]
     """Per pipeline rank."""
-    turn: tuple[int, ...] = field(init=False)
-    """Prefix sum: ticks of one micro-batch's backward, recompute included."""
+    tables: tuple[RankTables, ...] = field(init=False)
+    """Per stage."""
+    forward: tuple[int, ...] = field(init=False)
+    """Prefix sum: ticks of one micro-batch on the fastest kind of rank."""
     time: tuple[int, ...] = field(init=False)
-    """Prefix sum: ticks of one micro-batch in both directions, recompute included."""
+    """Prefix sum: ticks of one micro-batch in both directions on the fastest kind of rank, with a
+    second forward where every stage has one."""
 
     def __post_init__(self) -> None:
         # Made once: the local search asks for them with every split it tries.
-        turn = tuple(map(sum, zip(self.rebuild, self.backward, strict=True)))
-        object.__setattr__(self, "turn", turn)
-        object.__setattr__(self, "time", tuple(map(sum, zip(self.forward, turn, strict=True))))
+        kinds = [self.kinds[self.rank_kinds[rank]] for rank in self.pace.stage_ranks]
+        object.__setattr__(self, "tables", tuple(kinds))
+        forward = least([kind.forward for kind in self.kinds]).prefix
+        backward = least([kind.backward for kind in self.kinds]).prefix
+        times = 2 if self.choice.recompute else 1
+        both = (times * there + back for there, back in zip(forward, backward, strict=True))
+        object.__setattr__(self, "forward", forward)
+        object.__setattr__(self, "time", tuple(both))
 
     @property
-    def rebuild(self) -> tuple[int, ...]:
-        """Prefix sum: ticks of the second forward, 0 where nothing is recomputed."""
-        return self.forward if self.choice.recompute else (0,) * len(self.forward)
+    def kept(self) -> tuple[int, ...]:
+        """Prefix sum: units that stay on a rank through forward."""
+        stored = self.memory.stored[bool(self.choice.recompute)]
+        return tuple(map(sum, zip(self.memory.state.prefix, stored.prefix, strict=True)))
 
     @property
-    def pace(self) -> Pace:
-        choice = self.choice
-        return Pace(
-            num_ranks=choice.num_pipeline_ranks,
-            num_micro_batches=choice.num_micro_batches,
-            gathers=choice.partition == 3,
-            reduces=choice.num_replicas > 1,
-            num_weight_buffers=num_buffers(choice),
-        )
-
-    def hop_kind(self, stage: int) -> int:
-        """Kind of the link over which `stage` receives from the stage before."""
-        return self.hop_kinds[(stage - 1) % len(self.hop_kinds)]
+    def buffer(self) -> tuple[int, ...]:
+        """Prefix sum: units of gather and gradient buffers; the largest stage of a rank counts."""
+        return tuple(map(sum, zip(self.memory.gather.prefix, self.memory.sums.prefix, strict=True)))
 
 
-def step_ticks(instance: Instance, boundaries: tuple[int, ...]) -> int:
-    """The step-time model's answer for a split (see `planner.solve.pace`)."""
-    ticks: int = step_time(stage_ticks(instance, boundaries), instance.pace, _latest)
-    return ticks + instance.tied_ticks
+def stages_of(
+    instance: Instance,
+    column: Callable[[str], Sequence[Ticks]],
+    again: Sequence[Ticks],
+    hop: Callable[[Sequence[int], int], Ticks],
+    at_least: Callable[[Ticks, int], Ticks],
+) -> list[StageTicks]:
+    """What each stage takes.
+
+    The simulator takes a stage's predicted forward, messages included, for its recompute.
+
+    Args:
+        column: the name of one of a rank's tables -> what it says of each stage.
+        again: per stage, 1 where it is recomputed.
+        hop: a table over cuts and a stage -> its entry at the stage's first cut.
+    """
+    pace, nothing = instance.pace, (0,) * len(again)
+    forward, zero = column("forward"), [0]
+    columns = {name: column(name) if name in pace.used else nothing for name in STAGE_COLUMNS}
+    if any(tables.least_update for tables in instance.kinds):
+        columns["update"] = [
+            at_least(update, tables.least_update)
+            for update, tables in zip(columns["update"], instance.tables, strict=True)
+        ]
+    kinds = list(enumerate(instance.hop_kinds))[1:]
+    rows = zip(
+        forward,
+        map(mul, forward, again),
+        column("backward"),
+        zero + [hop(instance.hops[kind], stage) for stage, kind in kinds],
+        zero + [hop(instance.gradient_hops[kind], stage) for stage, kind in kinds],
+        *columns.values(),
+        strict=True,
+    )
+    return [StageTicks(*row) for row in rows]
 
 
-def _latest(*moments: int) -> int:
-    return max(moments)
-
-
-def stage_ticks(instance: Instance, boundaries: tuple[int, ...]) -> list[StageTicks]:
+def stage_ticks(instance: Instance, split: Split) -> list[StageTicks]:
     """What each stage of a split takes."""
-    stages = []
-    for stage, (first, end) in enumerate(itertools.pairwise(boundaries)):
-        kind = instance.hop_kind(stage)
-        forward = instance.forward[end] - instance.forward[first]
-        forward += instance.entry[first] + instance.exit[end]
-        backward = instance.backward[end] - instance.backward[first]
-        update = instance.update[end] - instance.update[first]
-        stages.append(
-            StageTicks(
-                forward=forward,
-                # The simulator takes a stage's predicted forward for it, transfers included.
-                rebuild=forward if instance.choice.recompute else 0,
-                backward=backward + instance.gradient_entry[first] + instance.gradient_exit[end],
-                arrival=instance.hops[kind][first] if stage else 0,
-                gradient_arrival=instance.gradient_hops[kind][first] if stage else 0,
-                gather=instance.gather[end] - instance.gather[first] + instance.gather_per_stage,
-                reduce=instance.reduce[end] - instance.reduce[first] + instance.reduce_per_stage,
-                update=max(update, instance.least_update),
-            )
-        )
-    return stages
+    cuts, pairs = split.boundaries, list(itertools.pairwise(split.boundaries))
+
+    def column(name: str) -> list[int]:
+        if len(instance.kinds) > 1:
+            tables = zip(instance.tables, pairs, strict=True)
+            return [getattr(kind, name).at(first, end) for kind, (first, end) in tables]
+        table: Table = getattr(instance.kinds[0], name)
+        begins, ends = table.begins, table.ends
+        return [begins[first] + ends[end] for first, end in pairs]
+
+    def hop(table: Sequence[int], stage: int) -> int:
+        return table[cuts[stage]]
+
+    return stages_of(instance, column, split.recompute, hop, max)
 
 
-def rank_units(instance: Instance, boundaries: tuple[int, ...]) -> list[int]:
+def step_ticks(instance: Instance, split: Split) -> int:
+    """The step-time model's answer for a split (see `planner.solve.pace`)."""
+    ticks: int = step_time(stage_ticks(instance, split), instance.pace, max)
+    return ticks
+
+
+def step_ticks_of_many(instance: Instance, cuts: Cuts, recompute: NDArray[np.bool_]) -> Cuts:
+    """The same for many splits, a row of boundaries and one of flags each."""
+
+    def column(name: str) -> list[Cuts]:
+        found = [getattr(kind, name).of_all(cuts) for kind in instance.kinds]
+        kinds = (instance.rank_kinds[rank] for rank in instance.pace.stage_ranks)
+        return [found[kind][:, stage] for stage, kind in enumerate(kinds)]
+
+    def hop(table: Sequence[int], stage: int) -> Cuts:
+        return np.array(table, dtype=np.int64)[cuts[:, stage]]
+
+    stages = stages_of(instance, column, list(recompute.T), hop, np.maximum)
+    found = step_time(stages, instance.pace, _latest_of_many)
+    many: Cuts = np.broadcast_to(found, len(cuts))
+    return many
+
+
+def _latest_of_many(*moments: Ticks) -> Ticks:
+    latest = moments[0]
+    for moment in moments[1:]:
+        latest = np.maximum(latest, moment)
+    return latest
+
+
+def rank_units(instance: Instance, split: Split) -> list[int]:
     """Peak memory of each pipeline rank in units, by the memory model."""
-    ranks = instance.choice.num_pipeline_ranks
-    units = list(instance.fixed_units)
-    buffers, rebuilt = [0] * ranks, [0] * ranks
-    for stage in range(instance.choice.num_stages):
-        rank, first, end = stage % ranks, boundaries[stage], boundaries[stage + 1]
-        units[rank] += instance.kept[end] - instance.kept[first]
-        units[rank] += instance.entry_kept[first] - instance.exit_unkept[end]
-        buffers[rank] = max(buffers[rank], instance.buffer[end] - instance.buffer[first])
-        rebuilt[rank] = max(
-            rebuilt[rank],
-            instance.rebuilt[end] - instance.rebuilt[first] - instance.rebuilt_exit_unkept[end],
-        )
-    return [sum(parts) for parts in zip(units, buffers, rebuilt, strict=True)]
+    boundaries, recompute = split.boundaries, split.recompute
+    if len(recompute) > FEW_STAGES and instance.pace.is_modular:
+        rows = rank_units_of_many(instance, np.array([boundaries]), np.array([recompute]))
+        units: list[int] = rows[0].tolist()
+        return units
+
+    def read(table: Table, stage: int) -> int:
+        return table.begins[boundaries[stage]] + table.ends[boundaries[stage + 1]]
+
+    def either(tables: tuple[Table, Table], stage: int) -> int:
+        return read(tables[recompute[stage]], stage)
+
+    found = peaks(instance.memory, instance.pace.own, read, either, max)
+    return [fixed + peak for fixed, peak in zip(instance.fixed_units, found, strict=True)]
 
 
-def overflow_units(instance: Instance, boundaries: tuple[int, ...]) -> tuple[int, int]:
+def rank_units_of_many(instance: Instance, cuts: Cuts, recompute: NDArray[np.bool_]) -> Cuts:
+    """The same for many splits: a row of ranks for each."""
+    pace, known = instance.pace, dict[int, Cuts]()
+    # All ranks at once where they have as many stages each, else one after the other.
+    places = [slice(stage, stage + 1) for stage in range(len(pace.stage_ranks))]
+    ranks: Sequence[Sequence[int]] = pace.own
+    if pace.is_modular:
+        starts = range(0, len(pace.stage_ranks), pace.num_ranks)
+        places = [slice(start, start + pace.num_ranks) for start in starts]
+        ranks = [range(len(places))]
+
+    def read(table: Table, place: int) -> Cuts:
+        if id(table) not in known:
+            known[id(table)] = table.of_all(cuts)
+        return known[id(table)][:, places[place]]
+
+    def either(tables: tuple[Table, Table], place: int) -> Cuts:
+        plain, again = (read(table, place) for table in tables)
+        return np.where(recompute[:, places[place]], again, plain)
+
+    found = peaks(instance.memory, ranks, read, either, _latest_of_many)
+    units: Cuts = np.concatenate(found, axis=1) + np.array(instance.fixed_units)
+    return units
+
+
+def overflow_units(instance: Instance, split: Split) -> tuple[int, int]:
     """Largest and summed excess over the ranks' limits; (0, 0) where all fit."""
     excess = [
         max(0, units - limit)
-        for units, limit in zip(rank_units(instance, boundaries), instance.limit_units, strict=True)
+        for units, limit in zip(rank_units(instance, split), instance.limit_units, strict=True)
     ]
     return max(excess), sum(excess)

@@ -1,61 +1,157 @@
 """Devices and links of D replicas of P pipeline ranks, as the solver needs them.
 
-This module knows where world ranks lie in the cluster. It does not know the model.
+A collective goes at the pace of its slowest link; where a host's devices share its network
+adapters, each link has its part of them. This module knows where world ranks lie in the cluster. It
+does not know the model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from planner.cluster.types import CollectiveAlgorithm, Device, Link
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.cluster.types import Cluster, CollectiveAlgorithm, Device, Link
+from planner.layouts import Grid, Layout
 from planner.solve.problem import Problem
 
-__all__ = ["Mesh", "make_mesh"]
+__all__ = ["Ground", "Mesh", "RankKind"]
+
+_Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankKind:
+    """What the replicas of a pipeline rank run on."""
+
+    devices: tuple[Device, ...]
+    """The kinds of device among them."""
+    group_link: Link
+    """The slowest link between them."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Mesh:
     """What D replicas of P ranks mean on the cluster."""
 
-    devices: tuple[Device, ...]
-    """The kinds of device in use."""
+    ground: "Ground"
+    grid: Grid
+    kinds: tuple[RankKind, ...]
+    rank_kinds: tuple[int, ...]
+    """Index into kinds of each pipeline rank."""
     limit_bytes: tuple[int, ...]
     """Per pipeline rank: the smallest of its replicas."""
-    group_link: Link
-    """The slowest link of any data-parallel group."""
-    ring_links: tuple[Link, ...]
-    """Kinds of link between neighbours in the ring."""
-    ring_kinds: tuple[int, ...]
-    """Index into ring_links for the hop from each rank to the next."""
     collectives: CollectiveAlgorithm
+    _links: dict[tuple[int, int], Link] = field(default_factory=dict)
+
+    def link(self, rank: int, other: int) -> Link:
+        """From one pipeline rank to another: the slowest of all replicas'."""
+        key = (rank, other)
+        if key not in self._links:
+            ends = (np.array(self.grid.replicas_of(one)) for one in key)
+            self._links[key] = self.ground.slowest(*ends)
+        return self._links[key]
 
 
-def make_mesh(problem: Problem, replicas: int, ranks: int) -> Mesh:
-    """Replicas are innermost: the world rank of (rank, replica) is rank * D + replica."""
-    cluster = problem.cluster
-    groups = [tuple(range(rank * replicas, (rank + 1) * replicas)) for rank in range(ranks)]
-    devices = {world_rank: cluster.device(world_rank) for group in groups for world_rank in group}
-    links = [
-        min(
-            (cluster.link(one, other) for one, other in zip(group, following, strict=True)),
-            key=lambda link: link.bandwidth,
+@dataclass(slots=True, kw_only=True)
+class Ground:
+    """A problem's cluster, with the host of every world rank."""
+
+    cluster: Cluster
+    memory_limit_bytes: int | None
+    _hosts: _Ints = field(init=False)
+    """By world rank."""
+    _kinds: _Ints = field(init=False)
+    """Kind of device by host: the first host that has it."""
+    _limits: _Ints = field(init=False)
+    """Bytes by host."""
+
+    def __post_init__(self) -> None:
+        hosts = self.cluster.hosts
+        self._hosts = np.repeat(np.arange(len(hosts)), [host.num_devices for host in hosts])
+        firsts: dict[int, int] = {}
+        self._kinds = np.array(
+            [firsts.setdefault(id(host.device), index) for index, host in enumerate(hosts)]
         )
-        for group, following in zip(groups, [*groups[1:], groups[0]], strict=True)
-    ]
-    kinds = list(dict.fromkeys(links))
-    return Mesh(
-        devices=tuple({id(device): device for device in devices.values()}.values()),
-        limit_bytes=tuple(
-            min(
-                problem.memory_limit_bytes
-                if problem.memory_limit_bytes is not None
-                else devices[world_rank].memory_bytes - devices[world_rank].reserved_bytes
-                for world_rank in group
-            )
-            for group in groups
-        ),
-        group_link=min(
-            (cluster.slowest_link(group) for group in groups), key=lambda link: link.bandwidth
-        ),
-        ring_links=tuple(kinds),
-        ring_kinds=tuple(kinds.index(link) for link in links),
-        collectives=cluster.collectives,
-    )
+        self._limits = np.array(
+            [
+                host.device.memory_bytes - host.device.reserved_bytes
+                if self.memory_limit_bytes is None
+                else self.memory_limit_bytes
+                for host in hosts
+            ]
+        )
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Ground":
+        return cls(cluster=problem.cluster, memory_limit_bytes=problem.memory_limit_bytes)
+
+    def mesh(self, replicas: int, ranks: int, layout: Layout) -> Mesh:
+        """Where the layout puts every replica of every rank."""
+        grid = Grid(num_replicas=replicas, num_pipeline_ranks=ranks, layout=layout)
+        kinds: dict[Any, int] = {}
+        found: list[RankKind] = []
+        rank_kinds, limits = [], []
+        for rank in range(ranks):
+            members = np.array(grid.replicas_of(rank))
+            hosts = self._hosts[members]
+            used = np.unique(hosts)
+            devices = tuple(np.unique(self._kinds[used]).tolist())
+            limits.append(int(self._limits[used].min()))
+            link = self._group_link(members, used)
+            key = (devices, link)
+            if key not in kinds:
+                kinds[key] = len(found)
+                found.append(
+                    RankKind(
+                        devices=tuple(self.cluster.hosts[index].device for index in devices),
+                        group_link=link,
+                    )
+                )
+            rank_kinds.append(kinds[key])
+        return Mesh(
+            ground=self,
+            grid=grid,
+            kinds=tuple(found),
+            rank_kinds=tuple(rank_kinds),
+            limit_bytes=tuple(limits),
+            collectives=self.cluster.collectives,
+        )
+
+    def _group_link(self, members: _Ints, hosts: _Ints) -> Link:
+        """Between the members of a group, each of which sends to the next one."""
+        if len(hosts) == 1:
+            return self.cluster.hosts[int(hosts[0])].link
+        return self.slowest(members, np.roll(members, -1))
+
+    def slowest(self, sources: _Ints, destinations: _Ints) -> Link:
+        """Of links in use at once, from each source to its destination."""
+        num_hosts = len(self.cluster.hosts)
+        here, there = self._hosts[sources], self._hosts[destinations]
+        # One message stands for all that go from one host to another.
+        _, firsts = np.unique(here * num_hosts + there, return_index=True)
+        links: dict[Link, list[int]] = {}
+        for first in firsts.tolist():
+            link = self.cluster.link(int(sources[first]), int(destinations[first]))
+            links.setdefault(link, []).append(first)
+        leaves = here != there
+        shared = [
+            self._shared(link, here[leaves], there[leaves]) if leaves[firsts_of].any() else link
+            for link, firsts_of in links.items()
+        ]
+        slowest: Link = min(shared, key=lambda link: link.bandwidth)
+        latency = max(link.latency_seconds for link in shared)
+        return replace(slowest, latency_seconds=latency)
+
+    def _shared(self, link: Link, sources: _Ints, destinations: _Ints) -> Link:
+        """A link between hosts, each message with its share of the adapters at both of its ends."""
+        bandwidth = link.bandwidth
+        ways = [sources, destinations]
+        if not link.duplex:
+            ways = [np.concatenate(ways)]
+        for ends in ways:
+            for host, number in zip(*np.unique(ends, return_counts=True), strict=True):
+                adapters = self.cluster.hosts[int(host)].adapter_bandwidth
+                if adapters is not None:
+                    bandwidth = min(bandwidth, adapters / int(number))
+        return replace(link, bandwidth=bandwidth)

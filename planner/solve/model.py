@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from ortools.sat.python import cp_model
 
 from planner.solve.bounds import least_step_ticks
-from planner.solve.instance import Instance, stage_ticks
-from planner.solve.pace import StageTicks, step_time
+from planner.solve.instance import Instance, stage_ticks, stages_of
+from planner.solve.moments import peaks
+from planner.solve.pace import step_time
+from planner.solve.step_parts import Pace
+from planner.solve.tables import Table
+from planner.solve.types import Split
 
-__all__ = ["Split", "solve_split"]
+__all__ = ["SplitAnswer", "solve_split"]
 
 Linear = cp_model.LinearExpr | int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class SplitAnswer:
     """CP-SAT's answer."""
 
-    boundaries: tuple[int, ...] | None
+    split: Split | None
     """None where none was found."""
     bound_ticks: int
     """No split within the window is faster."""
@@ -41,7 +45,7 @@ class _SplitModel:
     """Least and largest position of each cut."""
     cuts: tuple[cp_model.IntVar, ...]
     """The layer at which each stage begins, and the end."""
-    hint: tuple[int, ...]
+    hint: Split
 
     def look_up(self, table: Sequence[int], cut: int) -> Linear:
         """The table's value at the position of a cut."""
@@ -51,39 +55,33 @@ class _SplitModel:
             return values[0]
         found = self.model.new_int_var(min(values), max(values), f"value {cut}")
         self.model.add_element(self.cuts[cut] - low, values, found)
-        self.model.add_hint(found, table[self.hint[cut]])
+        self.model.add_hint(found, table[self.hint.boundaries[cut]])
         return found
 
-    def spans(self, prefix: Sequence[int]) -> list[Linear]:
-        """Each stage's part of a prefix sum."""
-        values = [self.look_up(prefix, cut) for cut in range(len(self.cuts))]
-        return [end - first for first, end in itertools.pairwise(values)]
-
-    def own(self, rank: int) -> range:
-        """The stages of a pipeline rank."""
-        choice = self.instance.choice
-        return range(rank, choice.num_stages, choice.num_pipeline_ranks)
+    def span(self, table: Table, stage: int) -> Linear:
+        """What a table counts of a stage."""
+        return self.look_up(table.begins, stage) + self.look_up(table.ends, stage + 1)
 
 
 def solve_split(
     instance: Instance,
     *,
-    hint: tuple[int, ...],
+    hint: Split,
     window: int | None,
     time_limit_seconds: float,
     seed: int,
-) -> Split:
+) -> SplitAnswer:
     """The fastest split that fits memory, each boundary at most `window` layers from the hint's.
 
     A window of None searches all splits, so that the bound holds for all of them.
     """
     # Data: where each cut may lie, leaving at least one layer to every stage.
     stages, layers = instance.choice.num_stages, instance.num_layers
-    reach = layers if window is None else window
+    reach, near = layers if window is None else window, hint.boundaries
     ranges = (
         (0, 0),
         *(
-            (max(cut, hint[cut] - reach), min(layers - (stages - cut), hint[cut] + reach))
+            (max(cut, near[cut] - reach), min(layers - (stages - cut), near[cut] + reach))
             for cut in range(1, stages)
         ),
         (layers, layers),
@@ -108,7 +106,7 @@ def solve_split(
 
     # Objective.
     model.minimize(step)
-    for cut, position in zip(cuts, hint, strict=True):
+    for cut, position in zip(cuts, near, strict=True):
         model.add_hint(cut, position)
 
     # Solve.
@@ -116,9 +114,9 @@ def solve_split(
     status = solver.solve(model)
     least = least_step_ticks(instance)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return Split(boundaries=None, bound_ticks=least, proved=status == cp_model.INFEASIBLE)
-    return Split(
-        boundaries=tuple(solver.value(cut) for cut in cuts),
+        return SplitAnswer(split=None, bound_ticks=least, proved=status == cp_model.INFEASIBLE)
+    return SplitAnswer(
+        split=Split(boundaries=tuple(solver.value(cut) for cut in cuts), recompute=hint.recompute),
         bound_ticks=max(least, round(solver.best_objective_bound)),
         proved=status == cp_model.OPTIMAL,
     )
@@ -138,29 +136,22 @@ def _make_solver(time_limit_seconds: float, seed: int) -> cp_model.CpSolver:
 
 def _add_step_time(split: _SplitModel) -> cp_model.IntVar:
     """The step's length as a variable that nothing but the constraints holds up."""
-    instance, model, cuts = split.instance, split.model, range(split.instance.choice.num_stages)
+    instance, model = split.instance, split.model
     horizon = _horizon(instance)
-    forward = _with_ends(split, instance.forward, instance.entry, instance.exit)
-    backward = _with_ends(split, instance.backward, instance.gradient_entry, instance.gradient_exit)
-    rebuild = forward if instance.choice.recompute else [0] * len(forward)
-    gather, reduce = split.spans(instance.gather), split.spans(instance.reduce)
-    # Even the smallest update takes its kernel's overhead.
-    update = [_at_least(split, span) for span in split.spans(instance.update)]
-    kinds = [instance.hop_kind(cut) for cut in cuts]
-    stages = [
-        StageTicks(
-            forward=forward[stage],
-            rebuild=rebuild[stage],
-            backward=backward[stage],
-            # A hop takes as long as what crosses its cut takes on its link.
-            arrival=split.look_up(instance.hops[kinds[stage]], stage),
-            gradient_arrival=split.look_up(instance.gradient_hops[kinds[stage]], stage),
-            gather=gather[stage] + instance.gather_per_stage,
-            reduce=reduce[stage] + instance.reduce_per_stage,
-            update=update[stage],
-        )
-        for stage in cuts
-    ]
+
+    def at_least(span: Linear, least: int) -> Linear:
+        # Even the smallest update takes its kernel's overhead.
+        if least == 0:
+            return span
+        update = model.new_int_var(least, horizon, "update")
+        model.add(update >= span)
+        return update
+
+    def column(name: str) -> list[Linear]:
+        return [split.span(getattr(k, name), s) for s, k in enumerate(instance.tables)]
+
+    # A hop takes as long as what crosses its cut takes on its link.
+    stages = stages_of(instance, column, split.hint.recompute, split.look_up, at_least)
 
     # A moment is not before any of those that it waits for.
     moments_of_hint: list[int] = []
@@ -174,8 +165,6 @@ def _add_step_time(split: _SplitModel) -> cp_model.IntVar:
 
     def latest(*values: Linear) -> Linear:
         hinted = next(moments)
-        if len(values) == 1:
-            return values[0]
         moment = model.new_int_var(0, horizon, "moment")
         model.add_hint(moment, hinted)
         for value in values:
@@ -184,50 +173,45 @@ def _add_step_time(split: _SplitModel) -> cp_model.IntVar:
 
     # The step ends when the last rank's last update does.
     step = model.new_int_var(least_step_ticks(instance), horizon, "step")
-    model.add(step >= step_time(stages, instance.pace, latest) + instance.tied_ticks)
+    model.add(step >= step_time(stages, instance.pace, latest))
     return step
 
 
-def _with_ends(
-    split: _SplitModel, prefix: Sequence[int], begin: Sequence[int], end: Sequence[int]
-) -> list[Linear]:
-    """Each stage's part of a prefix sum, and what it loses to the messages at its two cuts."""
-    return [
-        span + split.look_up(begin, stage) + split.look_up(end, stage + 1)
-        for stage, span in enumerate(split.spans(prefix))
-    ]
-
-
-def _at_least(split: _SplitModel, span: Linear) -> Linear:
-    least = split.instance.least_update
-    if least == 0:
-        return span
-    update = split.model.new_int_var(least, max(least, split.instance.update[-1]), "update")
-    split.model.add(update >= span)
-    return update
-
-
 def _horizon(instance: Instance) -> int:
-    """No split takes longer: everything in sequence."""
-    choice = instance.choice
-    hop = max(max(table) for table in (*instance.hops, *instance.gradient_hops))
-    ends = 2 * (max(instance.entry) + max(instance.exit))
-    ends += max(instance.gradient_entry) + max(instance.gradient_exit)
-    latency = instance.least_update + 2 * instance.gather_per_stage + instance.reduce_per_stage
-    return (
-        instance.tied_ticks
-        + choice.num_micro_batches * (instance.time[-1] + choice.num_stages * (2 * hop + ends))
-        + 2 * instance.gather[-1]
-        + instance.reduce[-1]
-        + instance.update[-1]
-        + choice.num_stages * latency
-    )
+    """No split takes longer: everything in sequence, on every rank."""
+    count, pace = instance.choice.num_micro_batches, instance.pace
+    each = (
+        "gather", "reduce", "update", "gather_updated", "sending", "returning", "shard", "moments",
+        "read",
+    )  # fmt: skip
+    longest = sum(max(table) for table in (*instance.hops, *instance.gradient_hops))
+    whole = 2 * count * longest * len(pace.stage_ranks)
+    for kind in instance.kinds:
+        repeated = 2 * _whole(kind.forward, pace) + _whole(kind.backward, pace)
+        repeated += _whole(kind.load, pace) + 2 * _whole(kind.inputs, pace)
+        whole += count * repeated + kind.least_update * len(pace.stage_ranks)
+        whole += 3 * sum(_whole(getattr(kind, name), pace) for name in each)
+    between = 8 * pace.issue * len(pace.stage_ranks)
+    return whole + between + pace.tied + pace.tied_update + pace.verdict
+
+
+def _whole(table: Table, pace: Pace) -> int:
+    """At most what all stages together take."""
+    return table.prefix[-1] + len(pace.stage_ranks) * (max(table.entry) + max(table.leave))
 
 
 def _always_fits(instance: Instance) -> bool:
     """Whether even a rank that held every layer would be within its limit."""
-    entries = instance.choice.stages_per_rank * max(instance.entry_kept)
-    most = instance.kept[-1] + entries + instance.buffer[-1] + instance.rebuilt[-1]
+    memory, pace = instance.memory, instance.pace
+    buffers = memory.num_gather_buffers * memory.gather.prefix[-1]
+    buffers += memory.num_sum_buffers * memory.sums.prefix[-1]
+    stored = max(_whole(table, pace) for table in memory.stored)
+    held = max(
+        max(_whole(table, pace) for table in moment.own)
+        + sum(_whole(near.table, pace) for near in moment.near)
+        for moment in memory.moments
+    )
+    most = memory.state.prefix[-1] + buffers + stored + _whole(memory.waiting, pace) + held
     return all(
         fixed + most <= limit
         for fixed, limit in zip(instance.fixed_units, instance.limit_units, strict=True)
@@ -235,26 +219,20 @@ def _always_fits(instance: Instance) -> bool:
 
 
 def _add_memory(split: _SplitModel) -> None:
-    instance, model = split.instance, split.model
-    stages = range(instance.choice.num_stages)
-    layers = split.spans(instance.kept)
-    entries = [split.look_up(instance.entry_kept, stage) for stage in stages]
-    exits = [split.look_up(instance.exit_unkept, stage + 1) for stage in stages]
-    buffers = split.spans(instance.buffer)
-    rebuilt = split.spans(instance.rebuilt)
-    unkept = [split.look_up(instance.rebuilt_exit_unkept, stage + 1) for stage in stages]
-    for rank in range(instance.choice.num_pipeline_ranks):
-        # A rank's buffers are as large as its largest stage.
-        buffer = model.new_int_var(0, instance.buffer[-1], f"buffer {rank}")
-        for stage in split.own(rank):
-            model.add(buffer >= buffers[stage])
+    """What each rank holds at the worst of its moments is within its limit."""
+    instance, model, recompute = split.instance, split.model, split.hint.recompute
+    most = 2 * sum(instance.limit_units) + 2**32
 
-        # It rebuilds one micro-batch of one stage at a time.
-        largest = model.new_int_var(0, instance.rebuilt[-1], f"rebuilt {rank}")
-        for stage in split.own(rank):
-            model.add(largest >= rebuilt[stage] - unkept[stage])
+    def either(tables: tuple[Table, Table], stage: int) -> Linear:
+        return split.span(tables[recompute[stage]], stage)
 
-        # All that a rank holds at its peak is within its limit.
-        kept = sum(layers[stage] + entries[stage] - exits[stage] for stage in split.own(rank))
-        available = instance.limit_units[rank] - instance.fixed_units[rank]
-        model.add(kept + buffer + largest <= available)
+    def largest(*values: Linear) -> Linear:
+        # The largest of some quantities is at least each of them.
+        found = model.new_int_var(-most, most, "largest")
+        for value in values:
+            model.add(found >= value)
+        return found
+
+    found = peaks(instance.memory, instance.pace.own, split.span, either, largest)
+    for peak, fixed, limit in zip(found, instance.fixed_units, instance.limit_units, strict=True):
+        model.add(peak + fixed <= limit)

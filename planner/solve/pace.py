@@ -1,137 +1,102 @@
 """The step-time model: the longest path through the stages, for numbers and for CP-SAT alike.
 
-Every quantity is either a number of ticks or a linear expression of CP-SAT, and the only operation
-besides addition is `latest`, so that one text serves to evaluate a split and to search for one.
+Every quantity is a number of ticks, an array of them (one per split) or a linear expression of
+CP-SAT, and the only operation besides addition is `latest`, so that one text serves to evaluate a
+split, to evaluate many, and to search for one.
 
 A rank works through its stages in the layered order: all micro-batches of a stage, then its next
 stage. So a path through the step either follows one micro-batch from stage to stage, or waits in
-one stage for all the others; between two restarts of a rank it does the latter once, in the
-longest stage on its way. Two moments per stage are therefore enough: when its first micro-batch is
-done (`opened`) and when its last is (`closed`). For layers of known cost and links that are never
-shared, the result is the makespan of the layered order, not an estimate of it.
+one stage, or on one link, for all the others; between two restarts of a rank it does the latter
+once, in the longest stage or link on its way. Two moments per stage are therefore enough: when its
+first micro-batch is done (`opened`) and when its last is (`closed`). For layers of known cost and
+links that are never shared, the result is the makespan of the layered order, not an estimate of it.
+
+What a rank does between two of its stages is in `planner.solve.streams`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["Pace", "StageTicks", "step_time"]
+from planner.solve.step_parts import LOOKAHEAD, Pace, StageTicks, Ticks
+from planner.solve.streams import Streams
 
-Ticks = Any
-"""A number of ticks, or a linear expression whose value is one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageTicks:
-    """What one stage takes."""
-
-    forward: Ticks
-    """One micro-batch."""
-    rebuild: Ticks
-    """One micro-batch forward again before its backward; it need not wait for gradients."""
-    backward: Ticks
-    """One micro-batch."""
-    arrival: Ticks
-    """To receive a micro-batch from the stage before (0 for the first stage)."""
-    gradient_arrival: Ticks
-    """For the stage before to receive the gradients back."""
-    gather: Ticks
-    reduce: Ticks
-    update: Ticks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """Counts that shape the paths."""
-
-    num_ranks: int
-    num_micro_batches: int
-    gathers: bool
-    """The weights are gathered before use (partition 3)."""
-    reduces: bool
-    """The gradients are reduced over replicas."""
-    num_weight_buffers: int
+__all__ = ["step_time"]
 
 
 def step_time(stages: Sequence[StageTicks], pace: Pace, latest: Callable[..., Ticks]) -> Ticks:
-    """Ticks from the start of the step to the last rank's last update."""
-    closed = _forward(stages, pace, latest)
-    return _backward(stages, pace, latest, closed)
+    """Ticks from the start of the step to the end of its last instruction.
+
+    `latest` is given two moments or more.
+    """
+    streams = Streams(stages, pace, latest)
+    _forward(stages, pace, latest, streams)
+    _backward(stages, pace, latest, streams)
+    return streams.end()
 
 
-def _forward(stages: Sequence[StageTicks], pace: Pace, latest: Callable[..., Ticks]) -> list[Ticks]:
-    """When each stage has run forward for all micro-batches."""
+def _forward(
+    stages: Sequence[StageTicks], pace: Pace, latest: Callable[..., Ticks], streams: Streams
+) -> None:
+    """When each stage has run forward for its first and for all micro-batches."""
+    count, ranks, held = pace.num_micro_batches, pace.stage_ranks, streams.held
     opened: list[Ticks] = []
     closed: list[Ticks] = []
-    gathered: list[Ticks] = []
     for index, stage in enumerate(stages):
-        own_previous, reused = (
-            index - pace.num_ranks,
-            index - pace.num_ranks * pace.num_weight_buffers,
-        )
-        ready: list[Ticks] = [0]
+        ready = [held[ranks[index]] + stage.load]
         if pace.gathers:
-            # Gathers queue on the rank's data stream, and each waits for a buffer to come free.
-            before = [gathered[own_previous]] if own_previous >= 0 else [0]
-            before += [closed[reused]] if reused >= 0 else []
-            gathered.append(latest(*before) + stage.gather)
-            ready.append(gathered[index])
-        if own_previous >= 0:
-            ready.append(closed[own_previous])
-        if index > 0:
-            ready.append(opened[index - 1] + stage.arrival)
-        opened.append(latest(*ready) + stage.forward)
-        done = [opened[index] + (pace.num_micro_batches - 1) * stage.forward]
-        if index > 0:
-            done.append(closed[index - 1] + stage.arrival + stage.forward)
-        closed.append(latest(*done))
-    return closed
+            ready.append(streams.gathered[index])
+        if index:
+            come = streams.transfer(index - 1, index, opened[-1], closed[-1], stage.arrival)
+            ready.append(come.first)
+        first = (latest(*ready) if len(ready) > 1 else ready[0]) + stage.forward
+        done = [first + (count - 1) * (stage.forward + stage.load) + stage.sending]
+        if pace.offloads_inputs and count > 2 * LOOKAHEAD:
+            done.append(first + (count - LOOKAHEAD - 1) * stage.inputs + stage.forward)
+        if index:
+            done.append(come.last + stage.forward)
+        if pace.gathers and pace.offloads_state:
+            streams.after_first_forward(index, first, done)
+        opened.append(first)
+        closed.append(latest(*done) if len(done) > 1 else done[0])
+        streams.after_forward(index, closed[-1])
 
 
 def _backward(
-    stages: Sequence[StageTicks],
-    pace: Pace,
-    latest: Callable[..., Ticks],
-    forward_closed: list[Ticks],
-) -> Ticks:
-    """When the last rank has done its last update."""
-    num_stages, ranks = len(stages), pace.num_ranks
-    opened: dict[int, Ticks] = {}
-    closed: dict[int, Ticks] = {}
-    regathered: dict[int, Ticks] = {}
-    reduced: dict[int, Ticks] = {}
-    free: dict[int, Ticks] = {}
-    for index in reversed(range(num_stages)):
-        stage, own_previous = stages[index], index + ranks
-        ready = [free[own_previous]] if own_previous < num_stages else [forward_closed[index]]
-        if index in regathered:
-            ready.append(regathered[index])
-        rebuilt = [latest(*ready) + stage.rebuild]
-        if index + 1 < num_stages:
-            rebuilt.append(opened[index + 1] + stages[index + 1].gradient_arrival)
-        opened[index] = latest(*rebuilt) + stage.backward
+    stages: Sequence[StageTicks], pace: Pace, latest: Callable[..., Ticks], streams: Streams
+) -> None:
+    """The same for backward, from the last stage to the first."""
+    count, ranks, held = pace.num_micro_batches, pace.stage_ranks, streams.held
+    opened: Ticks = 0
+    almost: Ticks = 0
+    closed: Ticks = 0
+    arrival: Ticks = 0
+    for index in reversed(range(len(stages))):
+        stage, is_last = stages[index], index == len(stages) - 1
+        start = held[ranks[index]]
+        if index in streams.regathered:
+            start = latest(start, streams.regathered[index])
+        # It is run forward again before its gradients are there.
+        ready = [start + stage.rebuild]
+        if pace.reduces and pace.num_buffers == 1 and pace.following[index] >= 0:
+            ready.append(streams.reduced[pace.following[index]])
+        if not is_last:
+            come = streams.transfer(index + 1, index, opened, closed, arrival)
+            ready.append(come.first)
+        first = (latest(*ready) if len(ready) > 1 else ready[0]) + stage.backward
         turn = stage.rebuild + stage.backward
-        done = [opened[index] + (pace.num_micro_batches - 1) * turn]
-        if index + 1 < num_stages:
-            done.append(closed[index + 1] + stages[index + 1].gradient_arrival + stage.backward)
-        closed[index] = latest(*done)
-        if not pace.reduces:
-            free[index] = closed[index] + stage.update
-            continue
-        # The data stream: gather the weights of a stage to come, then reduce this one's gradients.
-        moved = closed[index]
-        if own_previous < num_stages:
-            moved = latest(moved, reduced[own_previous])
-        following = index - ranks * pace.num_weight_buffers
-        if pace.gathers and following >= 0:
-            moved = moved + stages[following].gather
-            regathered[following] = moved
-        reduced[index] = moved + stage.reduce
-        # The stage before is updated only now, so that its reduction hides behind this one.
-        free[index] = closed[index]
-        if own_previous < num_stages:
-            free[index] = latest(closed[index], reduced[own_previous]) + stages[own_previous].update
-    first = range(ranks)
-    if not pace.reduces:
-        return latest(*(free[index] for index in first))
-    return latest(*(latest(free[index], reduced[index]) + stages[index].update for index in first))
+        done = [first + (count - 1) * turn + stage.returning]
+        if pace.offloads_inputs and count > 2 * LOOKAHEAD:
+            done.append(first + (count - LOOKAHEAD - 1) * stage.inputs + stage.backward)
+        if not is_last:
+            done.append(come.last + stage.backward)
+        if pace.updates_early:
+            # The update of the stage before stands ahead of the last micro-batch.
+            penultimate = [first + (count - 2) * turn]
+            if not is_last:
+                penultimate.append(almost + arrival + stage.backward)
+                penultimate.append(opened + (count - 1) * arrival + stage.backward)
+            almost = latest(*penultimate) if len(penultimate) > 1 else penultimate[0]
+            if pace.following[index] >= 0:
+                done.append(streams.update_early(index, first, almost) + turn)
+        opened, arrival = first, stage.gradient_arrival
+        closed = latest(*done) if len(done) > 1 else done[0]
+        streams.after_backward(index, opened, closed)

@@ -3,12 +3,13 @@
 This module knows the question. It does not know how it is answered.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from planner.cluster.types import Cluster
 from planner.graph import LayerGraph
 from planner.profile import Profile
+from planner.schedules import Schedule
 
 __all__ = ["Constraints", "Problem", "Simulated"]
 
@@ -24,8 +25,15 @@ class Constraints:
     num_micro_batches: int | None = None
     """Per replica and step."""
     partition: int | None = None
-    """0 or 3."""
+    """0 to 3."""
     recompute: bool | None = None
+    """Of all stages, or of none."""
+    offload_state: bool | None = None
+    offload_inputs: bool | None = None
+    num_buffers: int | None = None
+    """Size of the pools of weight and of gradient buffers."""
+    schedule: Schedule | None = None
+    """`planner.solve` knows the layered one alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +51,17 @@ class Problem:
     constraints: Constraints = field(default_factory=Constraints)
     optimizer_slots: int = 2
     """Tensors per parameter that the optimizer keeps (AdamW: 2)."""
+    update_slots_of_each: float = 0.0
+    """What it makes while it updates: tensors as large as the parameter that has its turn."""
+    update_slots_of_previous: float = 0.0
+    """As large as the parameter before."""
+    update_slots_of_all: float = 0.0
+    """As large as all parameters of a stage."""
     updates_wait: bool = False
     """Whether all updates stand at the end of the step (clipping, finite check), so that gradients
     wait for them in memory."""
+    num_verdicts: int = 1
+    """How often all gradients are looked at before those updates, where they wait."""
     memory_limit_bytes: int | None = None
     """Per device; None: the device's memory less what is reserved."""
     time_limit_seconds: float = 20.0
@@ -61,3 +77,10 @@ class Simulated:
     step_seconds: float
     peak_bytes: tuple[int, ...]
     """Per pipeline rank."""
+    host_lack_bytes: int = 0
+    """What the fullest host lacks for what its devices offload to it."""
+
+    def fits(self, limit_bytes: Sequence[int]) -> bool:
+        """Whether every pipeline rank stays within its limit, and the hosts hold the rest."""
+        peaks = zip(self.peak_bytes, limit_bytes, strict=True)
+        return not self.host_lack_bytes and all(peak <= limit for peak, limit in peaks)

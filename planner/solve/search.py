@@ -1,259 +1,269 @@
-"""The search over choices: bound, estimate, refine, simulate.
+"""The search: small spaces in full, large ones by branch and bound; the simulator is the judge.
 
 This module knows the order of the steps and the clock. What a choice costs, how it is split and
 what it takes in memory is known elsewhere.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from planner.errors import InfeasibleError
+from planner.solve.branch import Branches, Node
 from planner.solve.build import Builder
 from planner.solve.choices import Choice, check_problem, mesh_groups
-from planner.solve.entry import (
-    Boundaries,
-    Clock,
-    Entry,
-    candidate_of,
-    make_entry,
-    placement_of,
-    shortlist,
-)
-from planner.solve.estimate import MODEL_TOLERANCE, NO_FIT_FOUND, estimate, start
+from planner.solve.entry import Clock, placement_of
+from planner.solve.exact import CAREFUL, is_chain, is_small, ranked
 from planner.solve.infeasible import explain, with_margin
 from planner.solve.instance import rank_units, step_ticks
-from planner.solve.model import solve_split
 from planner.solve.problem import Problem, Simulated
+from planner.solve.rates import Rates
+from planner.solve.recompute import choose_recompute
+from planner.solve.refine import refine
 from planner.solve.sizes import Sizes
-from planner.solve.splits import greedy_split, uniform_split, warm_start
+from planner.solve.sketch import sketch
+from planner.solve.space import Batching, all_options, batchings, choice_of
+from planner.solve.splits import greedy_split, uniform_split
+from planner.solve.trial import Trial, candidate_of
 from planner.solve.types import Placement, Solution
 
-__all__ = ["solve"]
+__all__ = ["Progress", "solve"]
 
-MAX_TIGHT = 6
-"""Choices without a fitting start for which CP-SAT is asked, by either measure."""
+Progress = Callable[[int, int, float, float], None]
+"""Called with the meshes and batchings that are done, of how many, the best step time so far
+(infinite before the first) and the bound, in seconds."""
+
 MAX_CORRECTIONS = 3
-WINDOW = 4
-MAX_SPLIT_SECONDS = 4.0
+MIN_TRIED = 20
+MAX_SIMULATED = 8
+NEAR = 1.03
+"""The simulator may prefer a choice whose estimate is so much above the best: the step-time model
+leaves out what transfers that meet lose to each other."""
 
 
-def solve(problem: Problem, simulate: Callable[[Placement], Simulated]) -> Solution:
+def solve(
+    problem: Problem,
+    simulate: Callable[[Placement], Simulated],
+    progress: Progress | None = None,
+) -> Solution:
     """The placement whose simulated step is shortest, with its certificate.
 
-    Raises UsageError if the demands contradict each other, the model or the cluster, and
-    InfeasibleError if nothing fits in memory. Placements that use all devices come first; fewer
-    are used only if none of those fits. A micro-batch size that the model cannot be traced with
-    is left out, unless it is the only one: then that TraceError is raised.
+    It may use fewer devices than there are, where more would not help. A micro-batch size that the
+    model cannot be traced with is left out, unless it is the only one.
+
+    Raises:
+        UsageError: the demands contradict each other, the model or the cluster.
+        InfeasibleError: nothing fits in memory.
+        TraceError: the model cannot be traced with any size, or the one that is demanded.
     """
     clock = Clock(limit_seconds=problem.time_limit_seconds)
     sizes = Sizes(problem=problem, clock=clock)
     num_layers = sizes.count_layers()
     check_problem(problem, num_layers)
-    search = _Search(problem=problem, simulate=simulate, clock=clock, sizes=sizes)
-    for choices in mesh_groups(problem, num_layers, accepts=sizes.accepts):
-        best = search.best_of(choices)
-        if best is not None:
-            return search.solution(best)
-        if clock.left < clock.limit_seconds / 2:
-            break
-    sizes.raise_if_all_refused()
-    first_group = next(mesh_groups(problem, num_layers, accepts=sizes.accepts))
-    raise explain(
-        problem,
-        search.builder,
-        [
-            search.builder.instance(choice)
-            for choice in first_group
-            if sizes.accepts(choice.micro_batch_size)
-        ],
-        search.margin_bytes,
+    space = batchings(problem, num_layers)
+    search = _Search(
+        problem=problem,
+        simulate=simulate,
+        clock=clock,
+        sizes=sizes,
+        num_layers=num_layers,
+        progress=progress or (lambda *_: None),
     )
+    search.branch(space)
+    if is_small(problem, space, num_layers):
+        search.go_through(space)
+    if search.best is None:
+        raise search.failure()
+    return search.solution(search.best)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Search:
     problem: Problem
     simulate: Callable[[Placement], Simulated]
     clock: Clock
     sizes: Sizes
+    num_layers: int
+    progress: Progress
     builder: Builder = field(init=False)
-    entries: list[Entry] = field(default_factory=list)
-    refused: list[Choice] = field(default_factory=list)
-    """Choices of a micro-batch size that the model cannot be traced with."""
+    branches: Branches = field(init=False)
+    trials: list[Trial] = field(default_factory=list)
+    best: Trial | None = None
+    bound_seconds: float = 0.0
     margin_bytes: int = 0
     """Largest excess of a simulated peak over the memory model."""
 
     def __post_init__(self) -> None:
         self.builder = Builder(problem=self.problem)
-
-    def best_of(self, choices: Iterable[Choice]) -> Entry | None:
-        """The fastest simulated entry among the choices; None if none fits."""
-        entries = []
-        for choice in choices:
-            if self.sizes.accepts(choice.micro_batch_size):
-                entries.append(make_entry(self.builder.instance(choice)))
-            else:
-                self.refused.append(choice)
-        self.entries += entries
-        estimate(entries, self.clock)
-        self._rescue(entries)
-        self._improve(entries)
-        chosen = shortlist(entries)
-        best: Entry | None = None
-        for entry in sorted(chosen, key=lambda entry: entry.objective_seconds):
-            if best is not None and self.clock.left <= 0:
-                entry.verdict = "not simulated: the time limit came first"
-                continue
-            self._simulate(entry)
-            if entry.step_seconds is not None and (
-                best is None or entry.step_seconds < (best.step_seconds or math.inf)
-            ):
-                best = entry
-        return best
-
-    def _rescue(self, entries: list[Entry]) -> None:
-        """By CP-SAT where memory is tight: a fit for the most promising, a proof that there is
-        none for those whose bounds are lowest."""
-        best = min((entry.objective_seconds for entry in entries), default=math.inf)
-        tight = [
-            entry
-            for entry in entries
-            if entry.boundaries is None
-            and not entry.is_impossible
-            and entry.bound_seconds <= best * MODEL_TOLERANCE
-        ]
-        chosen = dict.fromkeys(
-            (
-                *sorted(tight, key=lambda entry: entry.score_seconds)[:MAX_TIGHT],
-                *sorted(tight, key=lambda entry: entry.bound_seconds)[:MAX_TIGHT],
-            )
+        self.branches = Branches(
+            problem=self.problem,
+            num_layers=self.num_layers,
+            sizes=self.sizes,
+            builder=self.builder,
+            rates=Rates(problem=self.problem),
         )
-        end = self.clock.spent + self.clock.left / 2
-        for number, entry in enumerate(chosen):
-            if entry.bound_seconds <= best * MODEL_TOLERANCE:
-                self._refine(entry, (end - self.clock.spent) / (len(chosen) - number))
-                best = min(best, entry.objective_seconds)
 
-    def _improve(self, entries: list[Entry]) -> None:
-        """CP-SAT on the shortlist, then on whatever else might still be better than its best."""
-        chosen = shortlist(entries)
-        end = self.clock.spent + self.clock.left / 2
-        for index, entry in enumerate(chosen):
-            self._refine(entry, (end - self.clock.spent) / (len(chosen) - index))
-        best = min((entry.objective_seconds for entry in chosen), default=math.inf)
-        rivals = [
-            entry
-            for entry in entries
-            if entry.verdict == "estimated" and entry not in chosen and entry.is_small
-        ]
-        end = self.clock.spent + self.clock.left / 4
-        for entry in sorted(rivals, key=lambda entry: entry.bound_seconds):
-            if entry.bound_seconds >= best or self.clock.spent >= end:
+    @property
+    def best_seconds(self) -> float:
+        return self.best.step_seconds or math.inf if self.best else math.inf
+
+    def branch(self, space: Sequence[Batching]) -> None:
+        """The lowest bound first, until no bound is below the best or the clock ends it."""
+        branches = self.branches
+        branches.start(space)
+        # Splits that look good are simulated at once; the others wait for the end.
+        while (node := branches.next(self.best_seconds)) is not None:
+            if self._is_over():
+                branches.put_back(node)
                 break
-            self._refine(entry, end - self.clock.spent)
-            best = min(best, entry.objective_seconds)
-            if entry.bound_seconds > best * MODEL_TOLERANCE:
-                entry.verdict = "bounded"
+            self._try(node)
+            self._report(len(space))
+        self._polish()
+        self.bound_seconds = branches.bound_seconds
+        self._report(len(space))
 
-    def _refine(self, entry: Entry, seconds: float) -> None:
-        """Let CP-SAT improve, or find, the entry's split."""
-        instance = entry.instance
-        hint = entry.boundaries or warm_start(instance)
-        known = step_ticks(instance, hint) if entry.boundaries else None
-        if known == entry.bound_ticks or seconds <= 0:
-            return
-        whole = entry.is_small
-        split = solve_split(
-            instance,
-            hint=hint,
-            window=None if whole or not entry.boundaries else WINDOW,
-            time_limit_seconds=min(MAX_SPLIT_SECONDS, seconds),
-            seed=self.problem.seed,
+    def _is_over(self) -> bool:
+        """Half of the time is for better splits of what has been found; with nothing found yet,
+        some are tried whatever the clock says."""
+        left = self.clock.left
+        if self.best is None:
+            return left <= 0 and len(self.branches.tried) > MIN_TRIED
+        return left < self.clock.limit_seconds / 2
+
+    def _report(self, total: int) -> None:
+        done = total - self.branches.num_waiting
+        bound = min(self.branches.bound_seconds, self.best_seconds)
+        self.progress(done, total, self.best_seconds, bound)
+
+    def _try(self, node: Node) -> None:
+        found = self.branches.trials(node, self.best_seconds, self._is_over)
+        self.trials += found
+        fitting = [trial for trial in found if trial.split is not None]
+        if fitting:
+            first = min(fitting, key=lambda trial: trial.objective_seconds)
+            if first.objective_seconds < self.best_seconds:
+                self._simulate(first)
+
+    def _polish(self) -> None:
+        """Better splits of the choices that look best, and the simulator's word on them."""
+        ranked = sorted(
+            (trial for trial in self.trials if trial.split is not None),
+            key=lambda trial: trial.objective_seconds,
         )
-        if whole:
-            entry.bound_ticks = max(entry.bound_ticks, split.bound_ticks)
-        if split.boundaries is not None:
-            if known is None or step_ticks(instance, split.boundaries) < known:
-                entry.boundaries = split.boundaries
-            entry.verdict = "estimated"
-        elif split.proved and entry.boundaries is None:
-            entry.verdict = "infeasible: proved that no split fits"
-            entry.is_impossible = True
-        elif entry.boundaries is None:
-            entry.verdict = NO_FIT_FOUND
+        chosen = ranked[:MAX_SIMULATED]
+        for number, trial in enumerate(chosen):
+            seconds = self.clock.left / 2 / (len(chosen) - number)
+            if seconds > 0 and trial.bound_seconds < self.best_seconds:
+                refine(trial, seconds, self.problem.seed)
+        for trial in sorted(chosen, key=lambda trial: trial.objective_seconds):
+            if self.best is not None and self.clock.left <= 0:
+                break
+            if trial.step_seconds is None and trial.objective_seconds < self.best_seconds * NEAR:
+                self._simulate(trial)
 
-    def _simulate(self, entry: Entry) -> None:
-        """Simulate the entry's split; where its peak is above the memory model, split again."""
+    def _simulate(self, trial: Trial) -> None:
+        """Simulate the trial's split; where its peak is above the memory model, split again."""
         for _ in range(MAX_CORRECTIONS):
-            if entry.boundaries is None:
+            if trial.split is None:
                 break
-            choice = entry.instance.choice
-            simulated = self.simulate(placement_of(choice, entry.boundaries))
-            if self._fits(choice, simulated):
-                entry.step_seconds = simulated.step_seconds
-                entry.verdict = "simulated"
+            simulated = self.simulate(trial.placement)
+            if self._fits(trial, simulated):
+                trial.step_seconds, trial.verdict = simulated.step_seconds, "simulated"
+                if simulated.step_seconds < self.best_seconds:
+                    self.best = trial
                 return
-            self._correct(entry, simulated)
-        entry.boundaries = None
-        entry.verdict = "infeasible: the simulated peak exceeds the memory limit"
+            self._correct(trial, simulated)
+        trial.split, trial.objective_seconds = None, math.inf
+        trial.verdict = "infeasible: the simulated peak exceeds the memory limit"
 
-    def _correct(self, entry: Entry, simulated: Simulated) -> None:
-        assert entry.boundaries is not None
-        instance = entry.instance
+    def _correct(self, trial: Trial, simulated: Simulated) -> None:
+        assert trial.split is not None
+        instance = trial.instance
         margins = [
             max(0, peak - units * instance.unit_bytes)
             for peak, units in zip(
-                simulated.peak_bytes, rank_units(instance, entry.boundaries), strict=True
+                simulated.peak_bytes, rank_units(instance, trial.split), strict=True
             )
         ]
         self.margin_bytes = max(self.margin_bytes, *margins)
-        entry.instance = with_margin(instance, margins)
-        entry.boundaries = None
-        start(entry)
-        if entry.boundaries is None:
-            self._refine(entry, self.clock.left / 4)
-            # Another split may need a smaller margin than this one: nothing is proved.
-            entry.is_impossible = False
+        trial.instance = with_margin(instance, margins)
+        trial.split, trial.objective_seconds = None, math.inf
+        trial.offer(sketch(trial.instance))
 
-    def _fits(self, choice: Choice, simulated: Simulated) -> bool:
-        limits = self.builder.mesh_of(choice).limit_bytes
-        return all(p <= limit for p, limit in zip(simulated.peak_bytes, limits, strict=True))
+    def _fits(self, trial: Trial, simulated: Simulated) -> bool:
+        return simulated.fits(self.builder.mesh_of(trial.instance.choice).limit_bytes)
 
-    def _baseline(self, best: Entry, boundaries: Boundaries) -> float | None:
-        """Simulated step of a simple split of the best mesh, which it replaces if faster."""
-        choice = best.instance.choice
-        if boundaries == best.boundaries:
-            return best.step_seconds
-        simulated = self.simulate(placement_of(choice, boundaries))
-        if not self._fits(choice, simulated):
-            return None
-        assert best.step_seconds is not None
-        if simulated.step_seconds < best.step_seconds:
-            best.boundaries, best.step_seconds = boundaries, simulated.step_seconds
-        return simulated.step_seconds
+    def go_through(self, space: Sequence[Batching]) -> None:
+        """Every placement of a small space whose step-time model does not exceed the best."""
+        accepted = [one for one in space if self.sizes.accepts(one.micro_batch_size)]
+        everything = ranked(self.problem, accepted, self.num_layers, self.builder)
+        for seconds, _, instance, split in everything:
+            if seconds * CAREFUL >= self.best_seconds or self.clock.left <= 0:
+                break
+            trial = Trial(instance=instance, bound_seconds=seconds * CAREFUL, split=split)
+            trial.objective_seconds = seconds
+            simulated = self.simulate(trial.placement)
+            if self._fits(trial, simulated):
+                trial.step_seconds, trial.verdict = simulated.step_seconds, "simulated"
+                if simulated.step_seconds < self.best_seconds:
+                    self.best = trial
+                    self.trials.append(trial)
+        else:
+            seconds = math.inf
+        if accepted and is_chain(self.problem.graph_at(accepted[0].micro_batch_size)):
+            self.bound_seconds = max(self.bound_seconds, seconds * CAREFUL)
 
-    def solution(self, best: Entry) -> Solution:
-        """The answer, with the simple splits beside it and the fate of every candidate."""
+    def solution(self, best: Trial) -> Solution:
+        """The answer, with the simple splits beside it and the fate of every choice tried."""
         best.verdict = "best"
         choice, instance = best.instance.choice, best.instance
         uniform = self._baseline(best, uniform_split(instance.num_layers, choice.num_stages))
         greedy = self._baseline(best, greedy_split(instance.time, choice.num_stages))
-        possible = (entry for entry in self.entries if not entry.is_impossible)
-        objective = best.objective_seconds
-        assert best.boundaries is not None
         assert best.step_seconds is not None
         return Solution(
-            placement=placement_of(choice, best.boundaries),
+            placement=best.placement,
             step_seconds=best.step_seconds,
-            objective_seconds=objective,
-            bound_seconds=min(
-                objective, best.step_seconds, *(entry.bound_seconds for entry in possible)
-            ),
+            objective_seconds=best.objective_seconds,
+            bound_seconds=min(best.step_seconds, self.bound_seconds),
             solve_seconds=self.clock.spent,
             uniform_seconds=uniform,
             greedy_seconds=greedy,
             candidates=(
-                *(candidate_of(entry) for entry in self.entries),
-                *(self.sizes.candidate(choice) for choice in self.refused),
+                *map(candidate_of, self.trials),
+                *(self.sizes.candidate(self._plain(one)) for one in self.branches.refused),
             ),
         )
+
+    def _plain(self, batching: Batching) -> Choice:
+        """The first choice of a mesh and batching."""
+        wanted = self.problem.constraints
+        return choice_of(
+            self.problem,
+            batching,
+            all_options(batching.num_replicas, wanted)[0],
+            stages_per_rank=wanted.stages_per_rank or 1,
+        )
+
+    def _baseline(self, best: Trial, boundaries: tuple[int, ...]) -> float | None:
+        """Simulated step of a simple split of the best choice, which it replaces if faster."""
+        split = choose_recompute(best.instance, boundaries)
+        if split == best.split:
+            return best.step_seconds
+        simulated = self.simulate(placement_of(best.instance.choice, split))
+        if not self._fits(best, simulated):
+            return None
+        if simulated.step_seconds < self.best_seconds:
+            best.split, best.step_seconds = split, simulated.step_seconds
+            best.objective_seconds = step_ticks(best.instance, split) * best.instance.tick_seconds
+        return simulated.step_seconds
+
+    def failure(self) -> InfeasibleError:
+        """Why nothing fits."""
+        self.sizes.raise_if_all_refused()
+        groups = mesh_groups(self.problem, self.num_layers, accepts=self.sizes.accepts)
+        instances = [
+            self.builder.instance(choice)
+            for choice in next(groups)
+            if self.sizes.accepts(choice.micro_batch_size)
+        ]
+        return explain(self.builder, instances, self.margin_bytes)

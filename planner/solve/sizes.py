@@ -7,6 +7,7 @@ This module knows which sizes fail and why. It does not know choices' costs.
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from planner.errors import TraceError
@@ -15,7 +16,12 @@ from planner.solve.entry import Clock
 from planner.solve.problem import Problem
 from planner.solve.types import Candidate
 
-__all__ = ["Sizes"]
+__all__ = ["Sizes", "in_order"]
+
+
+def in_order(sizes: Iterable[int]) -> list[int]:
+    """Those worth tracing first: of one sample, torch lays out some tensors in its own ways."""
+    return sorted(sizes, key=lambda size: (size == 1, size))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +63,7 @@ class Sizes:
         demanded = self.problem.constraints.micro_batch_size
         if demanded is not None:
             return len(self.problem.graph_at(demanded or 1).layers)
-        for size in divisors(self.problem.global_batch_size) or [1]:
+        for size in in_order(divisors(self.problem.global_batch_size)) or [1]:
             if self.accepts(size):
                 return len(self.problem.graph_at(size).layers)
         self.raise_if_all_refused()

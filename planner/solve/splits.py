@@ -5,13 +5,25 @@ the Instance alone.
 """
 
 import itertools
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Sequence
 
-import numpy
+import numpy as np
+from numpy.typing import NDArray
 
-from planner.solve.instance import Instance, overflow_units, step_ticks
+from planner.solve.instance import (
+    Cuts,
+    Instance,
+    overflow_units,
+    rank_units_of_many,
+    step_ticks_of_many,
+)
+from planner.solve.recompute import choose_recompute
+from planner.solve.types import Split
 
 __all__ = ["balanced_split", "fits", "greedy_split", "improve", "uniform_split", "warm_start"]
+
+Flags = NDArray[np.bool_]
 
 # Moves over a distance need one boundary list per pair of stages: only where that is few.
 MAX_STAGES_FOR_DISTANT_MOVES = 24
@@ -38,66 +50,78 @@ def greedy_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
 
 
 def balanced_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
-    """The split whose largest stage is smallest, by dynamic programming.
-
-    best[s][j], the largest of s stages that hold layers 0 .. j - 1, is the least over i of
-    max(best[s - 1][i], cost of layers i .. j - 1).
-    """
+    """A split whose largest stage is as small as any split's: the least size is found by halving,
+    and stages are filled up to it, leaving a layer to each that follows."""
     num_layers = len(prefix) - 1
-    sums = numpy.array(prefix, dtype=numpy.int64)
-    never = numpy.iinfo(numpy.int64).max
-    cost = sums[None, :] - sums[:, None]
-    cost[numpy.tril_indices(num_layers + 1)] = never
-    best = cost[0]
-    origins = []
-    for _ in range(1, num_stages):
-        largest = numpy.maximum(best[:, None], cost)
-        origin = largest.argmin(axis=0)
-        best = largest[origin, numpy.arange(num_layers + 1)]
-        origins.append(origin)
-    boundaries = [num_layers]
-    for origin in reversed(origins):
-        boundaries.append(int(origin[boundaries[-1]]))
-    return (*([0] if num_stages >= 1 else []), *reversed(boundaries))
+    low = max(b - a for a, b in itertools.pairwise(prefix))
+    high = prefix[-1]
+    while low < high:
+        middle = (low + high) // 2
+        if _filled(prefix, num_stages, middle)[-1] == num_layers:
+            high = middle
+        else:
+            low = middle + 1
+    return _filled(prefix, num_stages, low)
 
 
-Key = tuple[int, int, int, int]
+def _filled(prefix: tuple[int, ...], num_stages: int, most: int) -> tuple[int, ...]:
+    """Stages of at most this size; the last boundary is short of the end where that is too few."""
+    num_layers, boundaries = len(prefix) - 1, [0]
+    for left in reversed(range(num_stages)):
+        first = boundaries[-1]
+        end = bisect_right(prefix, prefix[first] + most, first + 1, num_layers + 1) - 1
+        boundaries.append(max(first + 1, min(end, num_layers - left)))
+    return tuple(boundaries)
 
 
-def _key(instance: Instance, boundaries: tuple[int, ...]) -> Key:
-    """What the local search makes smaller: excess memory, then step time, then imbalance."""
-    time = instance.time
-    imbalance = sum((time[b] - time[a]) ** 2 for a, b in itertools.pairwise(boundaries))
-    return (*overflow_units(instance, boundaries), step_ticks(instance, boundaries), imbalance)
-
-
-def fits(instance: Instance, boundaries: tuple[int, ...]) -> bool:
+def fits(instance: Instance, split: Split) -> bool:
     """Whether every rank is within its limit, by the memory model."""
-    return overflow_units(instance, boundaries) == (0, 0)
+    return overflow_units(instance, split) == (0, 0)
 
 
-def improve(
-    instance: Instance, boundaries: tuple[int, ...], max_evaluations: int
-) -> tuple[int, ...]:
-    """Local search: shift one boundary, or move a layer between distant stages."""
-    best, best_key = boundaries, _key(instance, boundaries)
+def improve(instance: Instance, split: Split, max_evaluations: int) -> Split:
+    """Local search: shift a boundary, move a layer between distant stages, or change one stage's
+    recompute where that is open. Every round takes the best of all neighbours, by excess memory,
+    then step time, then imbalance."""
+    best, best_key = split, _keys(instance, *_arrays([split]))[0]
     num_evaluations = 0
-    improved = True
-    while improved:
-        improved = False
-        for neighbour in _neighbours(best):
-            key = _key(instance, neighbour)
-            num_evaluations += 1
-            if key < best_key:
-                best, best_key, improved = neighbour, key, True
-                break
-            if num_evaluations >= max_evaluations:
-                return best
+    while num_evaluations < max_evaluations:
+        neighbours = _neighbours(instance, best)
+        if not neighbours:
+            break
+        keys = _keys(instance, *_arrays(neighbours))
+        num_evaluations += len(neighbours)
+        first = min(range(len(neighbours)), key=keys.__getitem__)
+        if keys[first] >= best_key:
+            break
+        best, best_key = neighbours[first], keys[first]
     return best
 
 
-def _neighbours(boundaries: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Valid splits with one boundary, or a run of boundaries, shifted by a layer or two."""
+def _arrays(splits: Sequence[Split]) -> tuple[Cuts, Flags]:
+    cuts = np.array([split.boundaries for split in splits], dtype=np.int64)
+    return cuts, np.array([split.recompute for split in splits], dtype=np.bool_)
+
+
+def _keys(instance: Instance, cuts: Cuts, recompute: Flags) -> list[tuple[int, ...]]:
+    """What the local search makes smaller, of each split."""
+    limits = np.array(instance.limit_units)
+    excess = np.maximum(0, rank_units_of_many(instance, cuts, recompute) - limits)
+    time = np.array(instance.time, dtype=np.float64)
+    imbalance = (np.diff(time[cuts], axis=1) ** 2).sum(axis=1)
+    columns = (
+        excess.max(axis=1),
+        excess.sum(axis=1),
+        step_ticks_of_many(instance, cuts, recompute),
+        imbalance,
+    )
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _neighbours(instance: Instance, split: Split) -> list[Split]:
+    """Valid splits with one boundary, or a run of boundaries, shifted by a layer or two, or one
+    stage's recompute changed."""
+    boundaries, found = split.boundaries, []
     inner = range(1, len(boundaries) - 1)
     reach = len(inner) if len(inner) < MAX_STAGES_FOR_DISTANT_MOVES else 4
     for length in range(1, reach + 1):
@@ -108,10 +132,16 @@ def _neighbours(boundaries: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
             for shift in (-1, 1, -2, 2):
                 moved = [boundary + shift for boundary in boundaries[start:end]]
                 if moved[0] > boundaries[start - 1] and moved[-1] < boundaries[end]:
-                    yield (*boundaries[:start], *moved, *boundaries[end:])
+                    shifted = (*boundaries[:start], *moved, *boundaries[end:])
+                    found.append(Split(boundaries=shifted, recompute=split.recompute))
+    for stage in range(len(boundaries) - 1) if instance.choice.recompute is None else ():
+        flags = list(split.recompute)
+        flags[stage] = not flags[stage]
+        found.append(Split(boundaries=boundaries, recompute=tuple(flags)))
+    return found
 
 
-def warm_start(instance: Instance, max_evaluations: int = 1500) -> tuple[int, ...]:
+def warm_start(instance: Instance, max_evaluations: int = 1500) -> Split:
     """A good split: the best of several starts, after a local search. It may not fit memory."""
     stages = instance.choice.num_stages
     starts = {
@@ -119,11 +149,15 @@ def warm_start(instance: Instance, max_evaluations: int = 1500) -> tuple[int, ..
         greedy_split(instance.time, stages),
         uniform_split(instance.num_layers, stages),
     }
-    best = min(starts, key=lambda split: _key(instance, split))
-    best = improve(instance, best, max_evaluations)
+    simple = [choose_recompute(instance, boundaries) for boundaries in sorted(starts)]
+    best = improve(instance, _best(instance, simple), max_evaluations)
     if not fits(instance, best):
         for prefix in (instance.kept, instance.buffer):
-            start = balanced_split(prefix, stages)
-            other = improve(instance, start, max_evaluations)
-            best = min(best, other, key=lambda split: _key(instance, split))
+            start = choose_recompute(instance, balanced_split(prefix, stages))
+            best = _best(instance, [best, improve(instance, start, max_evaluations)])
     return best
+
+
+def _best(instance: Instance, splits: Sequence[Split]) -> Split:
+    keys = _keys(instance, *_arrays(splits))
+    return splits[min(range(len(splits)), key=keys.__getitem__)]

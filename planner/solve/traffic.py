@@ -7,44 +7,46 @@ This module knows links and cuts. It does not know time steps.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from planner.cluster.types import Link
-from planner.cost import (
-    all_reduce_seconds,
-    gather_seconds,
-    reduce_scatter_seconds,
-    transfer_seconds,
-)
+from planner.cluster.types import CollectiveAlgorithm, Link
+from planner.cost import all_reduce_seconds, gather_seconds, reduce_scatter_seconds
+from planner.partitions import divides_gradients
 from planner.solve.choices import Choice
 from planner.solve.figures import Figures
-from planner.solve.memory import parameters_of, per_shard
-from planner.solve.mesh import Mesh
+from planner.solve.memory import reduced_bytes
 
-__all__ = ["Collectives", "RingTraffic", "affine", "collectives", "ring_traffic"]
+__all__ = [
+    "Collectives", "RingTraffic", "affine", "collectives", "hop_seconds", "ring_traffic",
+    "tied_seconds",
+]  # fmt: skip
+
+Messages = tuple[tuple[int, int], ...]
+"""Per cut: (number of messages, their bytes)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RingTraffic:
     """Per cut (length L + 1), for one micro-batch."""
 
-    hop_seconds: list[list[float]]
-    """Per kind of link: from the stage that ends there to the one that begins there."""
-    gradient_hop_seconds: list[list[float]]
+    there: Messages
+    """From the stage that ends there to the one that begins there."""
+    back: Messages
     """The same for the gradients on their way back."""
-    entry_seconds: list[float]
-    """Compute time that a stage which begins there loses to the tensors it receives."""
-    exit_seconds: list[float]
-    """Compute time that a stage which ends there loses to the tensors it sends."""
-    gradient_entry_seconds: list[float]
-    gradient_exit_seconds: list[float]
+    received: tuple[int, ...]
+    """Number of messages that a stage which begins there receives."""
+    sent: tuple[int, ...]
+    """That a stage which ends there sends."""
+    gradients_sent: tuple[int, ...]
+    """That a stage which begins there sends back."""
+    gradients_received: tuple[int, ...]
 
 
-def ring_traffic(figures: Figures, choice: Choice, mesh: Mesh) -> RingTraffic:
+def ring_traffic(figures: Figures, choice: Choice) -> RingTraffic:
     """Transfers between pipeline ranks; none on one rank, which keeps what its stages pass on."""
     num_cuts, ranks = figures.num_layers + 1, choice.num_pipeline_ranks
-    hops, entries, exits = ([[0, 0] for _ in range(num_cuts)] for _ in range(3))
+    numbers, sizes, entries, exits = ([[0, 0] for _ in range(num_cuts)] for _ in range(4))
     reach = math.ceil(figures.num_layers / choice.num_stages)
     for passage in figures.passages if ranks > 1 else ():
         ends = (passage.holder, passage.reader)
@@ -56,60 +58,63 @@ def ring_traffic(figures: Figures, choice: Choice, mesh: Mesh) -> RingTraffic:
             forward = cut - passage.maker <= ranks * reach
             held, read = cut - passage.holder <= reach, passage.reader - cut < reach
             for direction, travels in enumerate((forward, passage.requires_grad)):
-                hops[cut][direction] += passage.num_bytes * (travels and held and read)
+                numbers[cut][direction] += travels and held and read
+                sizes[cut][direction] += passage.num_bytes * (travels and held and read)
                 entries[cut][direction] += travels and read
                 exits[cut][direction] += travels and held
-    seconds = figures.message_seconds
+    messages = [
+        tuple((n[direction], s[direction]) for n, s in zip(numbers, sizes, strict=True))
+        for direction in (0, 1)
+    ]
     return RingTraffic(
-        hop_seconds=[[_transfer(there, link) for there, _ in hops] for link in mesh.ring_links],
-        gradient_hop_seconds=[
-            [_transfer(back, link) for _, back in hops] for link in mesh.ring_links
-        ],
-        entry_seconds=[seconds * there for there, _ in entries],
-        exit_seconds=[seconds * there for there, _ in exits],
-        gradient_entry_seconds=[seconds * back for _, back in entries],
-        gradient_exit_seconds=[seconds * back for _, back in exits],
+        there=messages[0],
+        back=messages[1],
+        received=tuple(there for there, _ in entries),
+        sent=tuple(there for there, _ in exits),
+        gradients_sent=tuple(back for _, back in entries),
+        gradients_received=tuple(back for _, back in exits),
     )
 
 
-def _transfer(num_bytes: int, link: Link) -> float:
-    return transfer_seconds(num_bytes, link) if num_bytes else 0.0
+def hop_seconds(messages: Messages, link: Link) -> list[float]:
+    """Per cut: messages one after the other (Hockney's latency and bandwidth for each)."""
+    return [
+        number * link.latency_seconds + num_bytes / link.bandwidth for number, num_bytes in messages
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collectives:
-    """Seconds of data-parallel transfers."""
+    """Seconds per byte and per stage of data-parallel transfers over one group."""
 
-    gather: list[float]
-    """Per layer."""
-    reduce: list[float]
+    gather: float
+    """Per byte of whole weights."""
     gather_latency: float
-    """Per stage."""
+    reduce: float
     reduce_latency: float
-    tied: float
-    """To add gradients of tied weights between two ranks, after everything else."""
 
 
-def collectives(figures: Figures, choice: Choice, mesh: Mesh) -> Collectives:
-    """Gathers and reductions over replicas, and over the ranks that share a weight."""
-    replicas, link, algorithm = choice.num_replicas, mesh.group_link, mesh.collectives
-    parameters = parameters_of(figures, choice)
-    reduce_whole = reduce_scatter_seconds if choice.partition else all_reduce_seconds
+def collectives(choice: Choice, link: Link, algorithm: CollectiveAlgorithm) -> Collectives:
+    """Gathers of weights and sums of gradients over the replicas of a rank."""
+    replicas = choice.num_replicas
+    divided = divides_gradients(choice.partition)
+    reduce_whole = reduce_scatter_seconds if divided else all_reduce_seconds
     reduce, reduce_latency = affine(lambda count: reduce_whole(count, replicas, link, algorithm))
     gather, gather_latency = affine(lambda count: gather_seconds(count, replicas, link, algorithm))
-    if not choice.partition:
-        gather = gather_latency = 0.0
-    tied = 0.0
-    if choice.num_pipeline_ranks > 1 and figures.tied_bytes:
-        (num_bytes,) = per_shard([figures.tied_bytes], choice)
-        tied = max(all_reduce_seconds(num_bytes, 2, link) for link in mesh.ring_links)
     return Collectives(
-        gather=[gather * count for count in parameters.weight_bytes],
-        reduce=[reduce * count for count in parameters.trainable_bytes],
+        gather=gather,
         gather_latency=gather_latency,
+        reduce=reduce,
         reduce_latency=reduce_latency,
-        tied=tied,
     )
+
+
+def tied_seconds(figures: Figures, choice: Choice, links: Sequence[Link]) -> float:
+    """To add gradients of tied weights between two ranks, after everything else."""
+    if choice.num_pipeline_ranks == 1 or not figures.tied_bytes:
+        return 0.0
+    (num_bytes,) = reduced_bytes([figures.tied_bytes], choice)
+    return max(all_reduce_seconds(num_bytes, 2, link) for link in links)
 
 
 def affine(seconds: Callable[[int], float]) -> tuple[float, float]:

@@ -2,9 +2,20 @@
 
 from dataclasses import dataclass
 
+from planner.layouts import Grid, Layout
 from planner.schedules import Schedule
 
-__all__ = ["Candidate", "Placement", "Solution"]
+__all__ = ["Candidate", "Placement", "Solution", "Split"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Split:
+    """Which layers form which stage, and which stages run forward again before backward."""
+
+    boundaries: tuple[int, ...]
+    """Stage s holds layers boundaries[s] .. boundaries[s + 1] - 1; length num_stages + 1."""
+    recompute: tuple[bool, ...]
+    """Per stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +32,8 @@ class Placement:
     num_micro_batches: int
     """Per replica and step."""
     partition: int
-    """0: every replica holds the whole state; 3: weights, gradients and optimizer are sharded."""
+    """What each replica holds only a part of: 0 nothing; 1 the optimizer's state; 2 the reduced
+    gradients as well; 3 the weights as well."""
     recompute: tuple[bool, ...]
     """Per stage: keep only its inputs, and run forward again before backward."""
     num_weight_buffers: int = 2
@@ -35,6 +47,8 @@ class Placement:
     """Keep shards and moments in host memory."""
     offload_inputs: bool = False
     """Move stored stage inputs to host memory between forward and backward."""
+    layout: Layout = Layout.REPLICAS_INSIDE
+    """Which neighbours share hosts. The same with one replica or one pipeline rank."""
 
     @property
     def num_stages(self) -> int:
@@ -48,9 +62,14 @@ class Placement:
     def global_batch_size(self) -> int:
         return self.num_replicas * self.num_micro_batches * self.micro_batch_size
 
-    def world_rank(self, pipeline_rank: int, replica: int) -> int:
-        """Replicas innermost: the data-parallel traffic, the heavier, stays inside hosts."""
-        return pipeline_rank * self.num_replicas + replica
+    @property
+    def grid(self) -> Grid:
+        """Which world rank is which replica's which pipeline rank."""
+        return Grid(
+            num_replicas=self.num_replicas,
+            num_pipeline_ranks=self.num_pipeline_ranks,
+            layout=self.layout,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +82,12 @@ class Candidate:
     micro_batch_size: int
     num_micro_batches: int
     partition: int
-    recompute: bool
+    recompute: bool | None
+    """None: decided per stage."""
+    offload_state: bool
+    offload_inputs: bool
+    num_buffers: int
+    layout: Layout
     verdict: str
     """`best`, `simulated`, `estimated` (its best known split is slower), `bounded` (its lower bound
     exceeds the best), `not tried: why`, `not simulated: why`, `infeasible: why`."""
@@ -83,7 +107,8 @@ class Solution:
     objective_seconds: float
     """The solver's objective for it (the step-time model that CP-SAT minimises)."""
     bound_seconds: float
-    """No candidate's objective can be below this, those included for which no fit was found."""
+    """No layered plan of these layers in this order is simulated to take less: any mesh, batching,
+    split, partition, recompute, offload, pools and layout, tried or not. The batch is given."""
     solve_seconds: float
     """Of the search; tracing and profiling the micro-batch sizes is not included."""
     uniform_seconds: float | None
@@ -91,8 +116,19 @@ class Solution:
     greedy_seconds: float | None
     """The same for the greedy split (fill each stage to the mean)."""
     candidates: tuple[Candidate, ...]
+    layered_seconds: float | None = None
+    """Simulated step of the best layered plan, where the placement's other schedule is faster.
+    Objective and bound are those of layered plans."""
+    traced_order_seconds: float | None = None
+    """Simulated step of the best plan with the layers in the order traced, where one with another
+    order is faster. Objective and bound are those of the order traced."""
+
+    @property
+    def certified_seconds(self) -> float:
+        """Simulated step of the plan that the bound speaks of."""
+        return self.traced_order_seconds or self.layered_seconds or self.step_seconds
 
     @property
     def gap(self) -> float:
-        """(objective - bound) / objective, 0 where proved optimal."""
-        return max(0.0, 1.0 - self.bound_seconds / self.objective_seconds)
+        """(certified - bound) / certified, 0 where proved optimal."""
+        return max(0.0, 1.0 - self.bound_seconds / self.certified_seconds)

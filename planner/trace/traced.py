@@ -22,6 +22,7 @@ from planner.trace.interpret import Context
 from planner.trace.layers import build_layer_graph
 from planner.trace.leaves import choose_leaves, descend, expose
 from planner.trace.record import record
+from planner.trace.scaled import scaled_graph
 from planner.trace.statements import write_statements
 from planner.trace.unread import free_unread
 
@@ -45,6 +46,7 @@ class TracedModel:
         self.model = fake_copy(built, self.mode)
         self.leaves = self._first_leaves()
         self._graphs: dict[int, LayerGraph] = {}
+        self._guesses: dict[int, LayerGraph] = {}
 
     def layer_graph(self, micro_batch_size: int) -> LayerGraph:
         """The LayerGraph at this micro-batch size (in samples).
@@ -56,6 +58,23 @@ class TracedModel:
         if micro_batch_size not in self._graphs:
             self._graphs[micro_batch_size] = self._trace(micro_batch_size)
         return self._graphs[micro_batch_size]
+
+    def any_graph(self, micro_batch_size: int) -> LayerGraph:
+        """The LayerGraph at this size: traced, or what two sizes that were traced say of it.
+
+        Raises as `layer_graph`.
+        """
+        if micro_batch_size not in self._guesses:
+            traced, guess = [*self._graphs.values()], None
+            if micro_batch_size not in self._graphs and len(traced) > 1:
+                guess = scaled_graph(traced[0], traced[1], micro_batch_size)
+            self._guesses[micro_batch_size] = guess or self.layer_graph(micro_batch_size)
+        return self._guesses[micro_batch_size]
+
+    @property
+    def first_graph(self) -> LayerGraph:
+        """The LayerGraph at the size that is traced first: for what does not depend on it."""
+        return self.layer_graph(_FIRST_BATCH_SIZE)
 
     def context(self, batch: Mapping[str, torch.Tensor]) -> Context:
         """What the LayerGraph's statements refer to, on fake tensors."""
@@ -135,7 +154,7 @@ class TracedModel:
 
     def refine(self) -> None:
         """Cut finer, into the children of leaves, while there is but one layer with parameters."""
-        while len(self.layer_graph(_FIRST_BATCH_SIZE).layers) < 2 and not self.model_file.layers:
+        while len(self.first_graph.layers) < 2 and not self.model_file.layers:
             finer = descend(self.model, self.leaves)
             if finer == self.leaves:
                 return

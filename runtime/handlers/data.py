@@ -11,7 +11,7 @@ __all__ = ["gather", "reduce", "reduce_tied"]
 def gather(rank: RankState, instruction: Instruction) -> None:
     state = rank.unit(instruction)
     (buffer,) = instruction.writes
-    whole = rank.weights.hold(buffer, state)
+    whole = rank.weights.hold(buffer, state) if rank.plan.gathers else state.whole
     if not state.partitioned:
         whole.copy_(state.shard)
         return
@@ -26,7 +26,7 @@ def reduce(rank: RankState, instruction: Instruction) -> None:
     total, adds = rank.total(state), target in instruction.reads
     # What is to be added is reduced inside the sum, which nobody reads any more.
     pending: Pending
-    if state.partitioned:
+    if state.divides_gradients:
         mine = slice(state.first, state.last)
         reduced = total[mine] if adds else total.new_empty(state.part_length)
         pending = rank.transport.reduce_scatter(total, reduced, describe(instruction))

@@ -52,7 +52,8 @@ def clip(rank: RankState, instruction: Instruction) -> None:
 
 def update(rank: RankState, instruction: Instruction) -> None:
     state = rank.unit(instruction)
-    ((_, gradient),) = rank.gradients(instruction)
+    ((_, reduced),) = rank.gradients(instruction)
+    gradient = state.my_part(reduced)
     if rank.observer is not None:
         rank.observer(state, gradient)
     state.detach_gradients()
@@ -72,7 +73,7 @@ def save(rank: RankState, instruction: Instruction) -> None:
 
 def _counts_here(rank: RankState, state: UnitState) -> bool:
     """Whether this rank's part of a unit's gradient is the one that counts in the norm."""
-    return rank.rank == state.unit.ranks[0] and (state.partitioned or rank.replica == 0)
+    return rank.rank == state.unit.ranks[0] and (state.divides_gradients or rank.replica == 0)
 
 
 def _norm(gradient: Tensor) -> Tensor:

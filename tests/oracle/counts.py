@@ -56,8 +56,8 @@ def _tables(facts: Facts) -> Iterator[Fault]:
     for unit in plan.units:
         found = [p for p in plan.parameters if p.name in unit.parameters]
         length_bytes = 0
-        for parameter in found:  # parts of replicas are packed, else each is aligned
-            length_bytes += -length_bytes % 64 if plan.partition == 0 else 0
+        for parameter in found:  # weights in parts are packed, else each is aligned
+            length_bytes += -length_bytes % 64 if plan.partition != 3 else 0
             length_bytes += parameter.num_bytes
         if length_bytes != unit.num_elements * DTYPE_BYTES[unit.dtype] or any(
             p.dtype != unit.dtype for p in found
@@ -101,7 +101,10 @@ def _limits(facts: Facts, rank: int, unit: Unit) -> Iterator[tuple[Opcode, int, 
     claims = plan.schedule in (Schedule.LAYERED, Schedule.FORWARD)
     yield Opcode.UPDATE, int(trained), int(trained)
     yield Opcode.REDUCE, int(reduces), (int(reduces) if layered else unlimited)
-    yield Opcode.GATHER, 0, (local * (2 if facts.trains else 1) if claims else unlimited)
+    if facts.joins_updates:
+        yield Opcode.GATHER, int(trained), int(trained)
+    else:
+        yield Opcode.GATHER, 0, (local * (2 if facts.trains else 1) if claims else unlimited)
 
 
 def _is_layered(program: tuple[Instruction, ...]) -> bool:

@@ -156,11 +156,13 @@ class _Explorer:
                 self.faults[Fault(kind="hang", message=f"rank {rank} waits at {stuck}")] = None
         if self.faults or not self.facts.trains:
             return
+        copied = ["shard", "moments"] if plan.options.save else self.facts.away
+        wanted = [f"host:{kind}" for kind in copied] + ["weights"] * self.facts.joins_updates
         for unit in plan.units:
-            if not unit.trainable or not (plan.offload_state or plan.options.save):
+            if not unit.trainable:
                 continue
             for rank in unit.ranks:
-                for buffer in (f"host:shard:{unit.name}", f"host:moments:{unit.name}"):
+                for buffer in (f"{kind}:{unit.name}" for kind in wanted):
                     if state.held[rank].get(buffer) != ("updated", unit.name):
                         message = f"{buffer} of rank {rank} is not the updated state"
                         self.faults[Fault(kind="end", message=message)] = None

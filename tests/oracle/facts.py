@@ -94,15 +94,31 @@ class Facts:
         """Whether UPDATE reads `reduced:` rather than the sum itself."""
         return self.plan.num_replicas > 1 or len(unit.ranks) > 1
 
+    @property
+    def joins_updates(self) -> bool:
+        """Whether weights are whole everywhere, and each replica updates a part of them."""
+        return self.plan.partition in (1, 2)
+
+    @property
+    def away(self) -> list[str]:
+        """Kinds of state that live on the host between their uses."""
+        kinds = ["moments"] if self.joins_updates else ["shard", "moments"]
+        return kinds if self.plan.offload_state else []
+
     def part_elements(self, unit: Unit) -> int:
         """Of one replica's shard."""
-        share = self.plan.num_replicas if self.plan.partition == 3 else 1
+        share = self.plan.num_replicas if self.plan.partition > 0 else 1
         return math.ceil(unit.num_elements / share)
 
     def whole_elements(self, unit: Unit) -> int:
         """Of the gathered unit with its padding."""
-        share = self.plan.num_replicas if self.plan.partition == 3 else 1
+        share = self.plan.num_replicas if self.plan.partition > 0 else 1
         return self.part_elements(unit) * share
+
+    def reduced_elements(self, unit: Unit) -> int:
+        """Of the gradient that a replica has after REDUCE."""
+        scattered = self.plan.partition in (2, 3)
+        return self.part_elements(unit) if scattered else self.whole_elements(unit)
 
     def entry(self, rank: int, buffer: str) -> Buffer | None:
         """A buffer's entry in the rank's table."""
@@ -115,7 +131,7 @@ class Facts:
     def is_resident(self, buffer: str) -> bool:
         """Whether its memory is taken for the whole step."""
         kind = kind_of(buffer)
-        return kind in RESIDENT and not (self.plan.offload_state and kind in ("shard", "moments"))
+        return kind in RESIDENT and kind not in self.away
 
     def resident_bytes(self, rank: int) -> int:
         """State and pools. Weights in place are the shard; only what is updated has moments."""
@@ -165,7 +181,7 @@ class Facts:
                 continue
             versions = len(self.units[instruction.unit].ranks)
             if instruction.opcode is Opcode.REDUCE:
-                versions = self.plan.num_replicas if self.plan.partition == 3 else 1
+                versions = self.plan.num_replicas if self.plan.partition > 1 else 1
             size = num_bytes(self._entry(rank, f"reduced:{instruction.unit}"))
             yield Life(
                 buffer=f"staging:{instruction.unit}",

@@ -67,10 +67,10 @@ class Machine:
         """Every rank holds the state of its units, on the device or on the host."""
         plan = self.facts.plan
         held: list[dict[str, Content]] = [{} for _ in self.programs]
-        place = "host:" if plan.offload_state else ""
         for unit in plan.units:
             for rank in unit.ranks:
                 for kind in ("shard", "moments"):
+                    place = "host:" if kind in self.facts.away else ""
                     held[rank][f"{place}{kind}:{unit.name}"] = ("state", unit.name)
                 if not plan.gathers:
                     held[rank][f"weights:{unit.name}"] = ("weights", unit.name)

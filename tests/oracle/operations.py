@@ -2,6 +2,7 @@
 
 A content is a tuple: ("value", buffer) for what the buffer's name says; ("state", unit) and
 ("updated", unit) for shard, moments and weights before and after UPDATE; ("weights", unit);
+("torn", unit) for whole weights of which a replica has updated its own part;
 ("gradient", tensor, micro-batch, stages that have added to it); and ("part" | "sum" | "reduced",
 unit, contributions), a contribution being (stage, micro-batch) and their order that of adding.
 """
@@ -76,6 +77,9 @@ def collect(instructions: Sequence[Instruction], made: Sequence[Held]) -> list[H
 def _of_unit(facts: Facts, unit: Unit, instruction: Instruction, held: Held) -> Held:
     shard, moments = f"shard:{unit.name}", f"moments:{unit.name}"
     match instruction.opcode:
+        case Opcode.GATHER if facts.joins_updates:
+            _need(held, shard, ("updated", unit.name))
+            return dict.fromkeys(instruction.writes, ("updated", unit.name))
         case Opcode.GATHER:
             _need(held, shard, ("state", unit.name))
             return dict.fromkeys(instruction.writes, ("weights", unit.name))
@@ -93,7 +97,10 @@ def _of_unit(facts: Facts, unit: Unit, instruction: Instruction, held: Held) -> 
     if not facts.plan.gathers:
         _need(held, f"weights:{unit.name}", ("weights", unit.name))
     del held[_whole_gradient(facts, unit, instruction, held)]
-    return dict.fromkeys(instruction.writes, ("updated", unit.name))
+    made: Held = dict.fromkeys(instruction.writes, ("updated", unit.name))
+    if facts.joins_updates:
+        made[f"weights:{unit.name}"] = ("torn", unit.name)
+    return made
 
 
 def _compute(facts: Facts, instruction: Instruction, stage: StagePlan, held: Held) -> Held:

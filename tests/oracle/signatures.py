@@ -145,7 +145,9 @@ def _movable(facts: Facts, instruction: Instruction) -> list[str]:
     """Buffers of the instruction's unit or micro-batch that may live on the host."""
     m, unit, found = instruction.micro_batch, instruction.unit, list[str]()
     if unit is not None:
-        found += [f"shard:{unit}", f"moments:{unit}"]
+        found += (
+            [f"moments:{unit}"] if facts.joins_updates else [f"shard:{unit}", f"moments:{unit}"]
+        )
     if m is not None:
         found += [f"{name}.{m}" for name in facts.tensors]
         found += [f"batch:{key}.{m}" for key in facts.batch]
@@ -196,6 +198,8 @@ def _of_unit(facts: Facts, instruction: Instruction) -> list[Operands]:
     plan, unit = facts.plan, facts.units[instruction.unit or ""]
     shard, moments, reduced = (f"{k}:{unit.name}" for k in ("shard", "moments", "reduced"))
     match instruction.opcode:
+        case Opcode.GATHER if facts.joins_updates:
+            return [([shard], [f"weights:{unit.name}"])]
         case Opcode.GATHER:
             return [([shard], ["weights"])] if plan.gathers else []
         case Opcode.REDUCE:
@@ -224,7 +228,8 @@ def _fits(facts: Facts, rank: int, buffer: str, instruction: Instruction) -> boo
     name = rest.rpartition(".")[0]
     if kind in ("shard", "reduced"):
         unit = facts.units[rest]
-        return _is_of(entry, unit, facts.part_elements(unit))
+        size = facts.part_elements if kind == "shard" else facts.reduced_elements
+        return _is_of(entry, unit, size(unit))
     if kind == "moments":
         unit = facts.units[rest]
         slots = facts.plan.options.optimizer_slots

@@ -1,0 +1,119 @@
+"""The fastest plan under any schedule, or under the one that is demanded.
+
+The layered order holds every micro-batch's boundary tensors, so where memory is short it recomputes
+what orders that hold fewer can keep. This module knows which schedules are asked and for how long.
+It does not know how a placement is found under any of them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from planner.errors import InfeasibleError, UsageError
+from planner.explain.alternating import search_schedule
+from planner.schedules import Schedule
+from planner.solve import Placement, Problem, Progress, Simulated, Solution, solve
+
+__all__ = ["OTHER_SCHEDULES", "solve_any"]
+
+OTHER_SCHEDULES = (
+    Schedule.ONE_F_ONE_B,
+    Schedule.ZERO_BUBBLE,
+    Schedule.PLAIN,
+    Schedule.GPIPE,
+    Schedule.INTERLEAVED,
+    Schedule.HYBRID,
+)
+"""Those with fewer plans to choose from come first: what they find spares the others work."""
+LAYERED_SHARE = 0.6
+"""Of the time limit, for the layered search; the other schedules together have what it leaves."""
+MAX_DEVICES = 256
+"""Beyond it a search of all meshes for every schedule takes too long, and none is asked for."""
+
+Simulate = Callable[[Placement], Simulated]
+
+
+def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = None) -> Solution:
+    """As `planner.solve.solve`, and where no schedule is demanded, of the fastest one.
+
+    Where another schedule than the layered one wins, the objective and the bound are still those of
+    layered plans. Where no layered plan fits, or another schedule is demanded, there is no bound.
+
+    Raises as `solve` does, and UsageError if offload is demanded of another schedule.
+    """
+    demanded, started = problem.constraints.schedule, time.monotonic()
+    if demanded is Schedule.LAYERED:
+        return solve(problem, simulate, progress)
+    if demanded is not None:
+        return _unbounded(*_under(problem, simulate, demanded), started)
+    if not _asks_others(problem):
+        return solve(problem, simulate, progress)
+    limit = problem.time_limit_seconds
+    layered = replace(problem, time_limit_seconds=LAYERED_SHARE * limit)
+    try:
+        solution = solve(layered, simulate, progress)
+    except InfeasibleError:
+        found = _fastest(problem, simulate, (1 - LAYERED_SHARE) * limit)
+        if found is None:
+            raise
+        return _unbounded(*found, started)
+    known = solution.step_seconds
+    left = max(limit - solution.solve_seconds, (1 - LAYERED_SHARE) * limit)
+    found = _fastest(problem, simulate, left, known)
+    if found is None or found[1] >= known:
+        return solution
+    placement, seconds = found
+    return replace(solution, placement=placement, step_seconds=seconds, layered_seconds=known)
+
+
+def _under(problem: Problem, simulate: Simulate, schedule: Schedule) -> tuple[Placement, float]:
+    wanted = problem.constraints
+    for name in ("offload_state", "offload_inputs"):
+        if getattr(wanted, name):
+            raise UsageError(
+                f"{name.replace('_', ' ')} is demanded, and the {schedule.value} schedule, for "
+                "which offload is not planned",
+                hint="the layered schedule, or no offload",
+            )
+    return search_schedule(problem, simulate, schedule)
+
+
+def _unbounded(placement: Placement, seconds: float, started: float) -> Solution:
+    return Solution(
+        placement=placement,
+        step_seconds=seconds,
+        objective_seconds=seconds,
+        bound_seconds=0.0,
+        solve_seconds=time.monotonic() - started,
+        uniform_seconds=None,
+        greedy_seconds=None,
+        candidates=(),
+    )
+
+
+def _asks_others(problem: Problem) -> bool:
+    wanted = problem.constraints
+    offloads = wanted.offload_state or wanted.offload_inputs
+    return not offloads and problem.num_devices <= MAX_DEVICES
+
+
+def _fastest(
+    problem: Problem, simulate: Simulate, seconds: float, known_seconds: float | None = None
+) -> tuple[Placement, float] | None:
+    """The fastest placement under any other schedule; None where none fits.
+
+    What a schedule leaves of its share of `seconds` goes to those behind it.
+    """
+    ends = time.monotonic() + seconds
+    best: tuple[Placement, float] | None = None
+    for number, schedule in enumerate(OTHER_SCHEDULES):
+        share = max(ends - time.monotonic(), 0.0) / (len(OTHER_SCHEDULES) - number)
+        asked = replace(problem, time_limit_seconds=share)
+        try:
+            found = search_schedule(asked, simulate, schedule, faster_than=known_seconds)
+        except (InfeasibleError, UsageError):  # it has no plan with the meshes demanded
+            continue
+        if best is None or found[1] < best[1]:
+            best = found
+        known_seconds = min(known_seconds or found[1], found[1])
+    return best

@@ -1,0 +1,158 @@
+"""What one `lga-plan` command asks for, and which of its demands contradict each other.
+
+Knows the options' values. Does not know what a model or a cluster says to them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.batch import BatchRange, Training
+from planner.cluster import Cluster
+from planner.errors import UsageError
+from planner.report import bytes_text, parse_bytes
+from planner.schedules import OrderSearch, Schedule
+from planner.solve import Constraints
+
+__all__ = ["PlanRequest"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """The options, by the names that click gives them."""
+
+    model: str
+    gpus: int
+    cluster: str | None
+    profile: Path | None
+    sequence_length: int | None
+    global_batch: BatchRange | None
+    critical_batch: bool
+    num_steps: int | None
+    num_tokens: float | None
+    num_samples: float | None
+    price: float | None
+    micro_batch_size: int | None
+    micro_batches: int | None
+    replicas: int | None
+    pipeline_ranks: int | None
+    stages_per_rank: int | None
+    schedule: str
+    partition: str | None
+    recompute: bool | None
+    offload_state: bool | None
+    offload_inputs: bool | None
+    num_buffers: int | None
+    memory_limit: str | None
+    clip_norm: float | None
+    check_finite: bool
+    time_limit: float
+    seed: int
+    output: Path | None
+
+    @property
+    def constraints(self) -> Constraints:
+        return Constraints(
+            num_replicas=self.replicas,
+            num_pipeline_ranks=self.pipeline_ranks,
+            stages_per_rank=self.stages_per_rank,
+            micro_batch_size=self.micro_batch_size,
+            num_micro_batches=self.micro_batches,
+            partition=None if self.partition is None else int(self.partition),
+            recompute=self.recompute,
+            offload_state=self.offload_state,
+            offload_inputs=self.offload_inputs,
+            num_buffers=self.num_buffers,
+            schedule=Schedule(self.schedule) if self.schedule in set(Schedule) else None,
+        )
+
+    @property
+    def order(self) -> OrderSearch | None:
+        return OrderSearch(self.schedule) if self.schedule in set(OrderSearch) else None
+
+    @property
+    def training(self) -> Training:
+        return Training(
+            num_steps=self.num_steps,
+            num_samples=self.num_samples,
+            num_tokens=self.num_tokens,
+            price_per_hour=self.price,
+        )
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+
+    def refuse_contradictions(self) -> None:
+        """Raises UsageError with the first two demands that do not go together."""
+        for message, hint in (*self._about_batch(), *self._about_training(), *self._about_mesh()):
+            raise UsageError(message, hint=hint)
+
+    def refuse_on(self, cluster: Cluster) -> None:
+        """Raises UsageError with the first demand that no device of the cluster can meet."""
+        limit = self.memory_limit_bytes
+        for host in cluster.hosts:
+            device = host.device
+            if limit is not None and limit > device.memory_bytes:
+                raise UsageError(
+                    f"--memory-limit {self.memory_limit} is more than the "
+                    f"{bytes_text(device.memory_bytes)} of memory that {device.name} has",
+                    hint="a smaller limit, or a cluster of larger devices",
+                )
+
+    def _about_batch(self) -> Iterator[tuple[str, str]]:
+        factors = {
+            "--replicas": self.replicas,
+            "--micro-batches": self.micro_batches,
+            "--micro-batch-size": self.micro_batch_size,
+        }
+        given = {option: value for option, value in factors.items() if value is not None}
+        words = " x ".join(f"{option} {value}" for option, value in given.items())
+        product, batch = math.prod(given.values()), self.global_batch
+        if self.critical_batch and batch is not None:
+            yield (
+                f"--critical-batch and --global-batch {_range_text(batch)} both give the batch",
+                "leave one of them out",
+            )
+        if self.critical_batch and len(given) == len(factors):
+            yield f"--critical-batch, and {words} = {product}", "leave one of them free"
+        if batch is not None and batch.most < product:
+            yield (
+                f"a global batch of {_range_text(batch)} samples is less than {words}"
+                + (f" = {product}" if len(given) > 1 else ""),
+                f"a global batch of {product} or a multiple of it, or fewer of them",
+            )
+
+    def _about_training(self) -> Iterator[tuple[str, str]]:
+        lengths = {
+            "--steps": self.num_steps,
+            "--tokens": self.num_tokens,
+            "--samples": self.num_samples,
+        }
+        given = [f"{option} {value:g}" for option, value in lengths.items() if value is not None]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} both give the length of the training", "leave one out"
+        if self.price is not None and not given:
+            yield (
+                f"--price {self.price:g} is the price of an hour, but there is no number of hours",
+                "give the length of the training with --steps, --tokens or --samples",
+            )
+
+    def _about_mesh(self) -> Iterator[tuple[str, str]]:
+        partition = int(self.partition or 0)
+        if partition and self.replicas == 1:
+            yield (
+                f"--partition {partition} divides the state among replicas, but --replicas is 1",
+                "more replicas, or --partition 0",
+            )
+        if partition and self.pipeline_ranks == self.gpus:
+            yield (
+                f"--partition {partition} divides the state among replicas, but --pipeline-ranks "
+                f"{self.pipeline_ranks} of --gpus {self.gpus} leave one replica",
+                "fewer pipeline ranks, or --partition 0",
+            )
+
+
+def _range_text(batch: BatchRange) -> str:
+    return str(batch.least) if batch.least == batch.most else f"{batch.least}..{batch.most}"

@@ -1,0 +1,212 @@
+"""From a model file to the question that the solver answers: trace, count, apply what was measured.
+
+This module knows the defaults of what the user leaves open. It does not know how plans are found.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
+
+from planner.apply_profile import AppliedProfile, apply_profile
+from planner.cluster import Cluster
+from planner.errors import TraceError, UsageError
+from planner.graph import LayerGraph
+from planner.host_memory import within_host_memory
+from planner.lower import lower
+from planner.measure import measure
+from planner.measure.measured import MeasuredModel
+from planner.measure.optimizer import optimizer_slots
+from planner.model_file import ModelFile
+from planner.plan.types import Plan, PlanOptions
+from planner.profile import Profile
+from planner.schedule import Order
+from planner.schedules import OrderSearch
+from planner.simulate import Simulation, simulate
+from planner.solve import Constraints, Placement, Problem
+from planner.trace import TracedModel, same_graph, trace
+
+__all__ = ["DEFAULT_SAMPLES_PER_DEVICE", "Prepared", "default_batch_size", "prepare"]
+
+DEFAULT_SAMPLES_PER_DEVICE = 8
+"""Global batch per device where the user names none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A model that is traced, and all that was asked: from here plans cost no trace any more."""
+
+    problem: Problem
+    graph: LayerGraph
+    """For what does not depend on the micro-batch size: the parameters, the shape of a sample."""
+    options: PlanOptions
+    trace_seconds: float
+    measured: AppliedProfile | None = None
+    """Where the seconds of layers were measured."""
+    order: OrderSearch | None = None
+    """Which orders of compute are searched beside those of the families."""
+    traced: "Prepared | None" = None
+    """The same question with every size traced, where here most sizes follow from two."""
+
+    def with_batch(self, global_batch_size: int) -> "Prepared":
+        """The same question for another number of samples per step."""
+        return replace(
+            self,
+            problem=replace(self.problem, global_batch_size=global_batch_size),
+            traced=self.traced and self.traced.with_batch(global_batch_size),
+        )
+
+    def with_order(self, order: OrderSearch | None) -> "Prepared":
+        """The same question with other orders of compute to choose from."""
+        return replace(self, order=order, traced=self.traced and self.traced.with_order(order))
+
+    def foresees(self, micro_batch_size: int) -> bool:
+        """Whether the graph that a size was given is the one that it is traced into."""
+        if self.traced is None:
+            return True
+        try:
+            graph = self.traced.problem.graph_at(micro_batch_size)
+        except TraceError:
+            return False
+        return same_graph(graph, self.problem.graph_at(micro_batch_size))
+
+    def planner_for(self, problem: Problem) -> Callable[[Placement], tuple[Plan, Simulation]]:
+        """`lowered` for a changed problem. Plans of large models are large, so a few are kept: what
+        is asked for again is asked for soon."""
+        return lru_cache(maxsize=8)(replace(self, problem=problem).lowered)
+
+    def lowered(self, placement: Placement, order: Order | None = None) -> tuple[Plan, Simulation]:
+        """The plan of a placement, its prediction still open, and what the simulator says.
+
+        Without an order of its own it follows its schedule's.
+        """
+        size, problem = placement.micro_batch_size, self.problem
+        graph, profile = problem.graph_at(size), problem.profile_at(size)
+        plan = lower(graph, profile, problem.cluster, placement, self.options, order)
+        return plan, simulate(plan)
+
+
+def default_batch_size(num_devices: int, constraints: Constraints) -> int:
+    """Samples per step where the user names none: what the other choices imply, else 8 a device."""
+    implied = (
+        constraints.num_replicas, constraints.micro_batch_size, constraints.num_micro_batches
+    )  # fmt: skip
+    if None not in implied:
+        return (implied[0] or 0) * (implied[1] or 0) * (implied[2] or 0)
+    return DEFAULT_SAMPLES_PER_DEVICE * num_devices
+
+
+def prepare(
+    model_file: ModelFile,
+    *,
+    num_devices: int,
+    cluster: Cluster,
+    global_batch_size: int | None = None,
+    constraints: Constraints | None = None,
+    measured: MeasuredModel | None = None,
+    memory_limit_bytes: int | None = None,
+    clip_norm: float | None = None,
+    check_finite: bool = False,
+    save: bool = False,
+    time_limit_seconds: float = 20.0,
+    seed: int = 0,
+) -> Prepared:
+    """Trace a model, and put the question of its plan.
+
+    `global_batch_size` is in samples per step over all replicas. With `measured`
+    (`planner.measure.file`) layers take what was measured. `memory_limit_bytes` is per device
+    (the device's memory less what is reserved, where absent), `time_limit_seconds` for the solver.
+    With `clip_norm` (largest norm of the whole model's gradient) or `check_finite` (skip the update
+    of a step with a gradient that is not finite) all updates stand at the end of the step. With
+    `save` every step leaves a complete checkpoint in host memory (`Executor.checkpoint`).
+
+    Raises:
+        UsageError: the profile was measured of another model or device, or a figure is impossible.
+        ModelFileError, TraceError: the model cannot be built or traced into layers.
+    """
+    constraints, started = constraints or Constraints(), time.monotonic()
+    step = PlanOptions(
+        seed=seed, clip_norm=_checked_norm(clip_norm), check_finite=check_finite, save=save
+    )
+    traced = trace(model_file)
+    options = _with_optimizer(step, model_file, cluster)
+    slots = options.optimizer_slots
+    if global_batch_size is None:
+        global_batch_size = default_batch_size(num_devices, constraints)
+    problem = Problem(
+        graph_at=traced.layer_graph,
+        profile_at=partial(measure, traced),
+        cluster=cluster,
+        num_devices=num_devices,
+        global_batch_size=global_batch_size,
+        constraints=within_host_memory(constraints, cluster, traced.first_graph, slots),
+        memory_limit_bytes=memory_limit_bytes,
+        time_limit_seconds=time_limit_seconds,
+        seed=seed,
+    )
+    question = Prepared(
+        problem=_with_step(problem, options),
+        graph=traced.first_graph,
+        options=options,
+        trace_seconds=time.monotonic() - started,
+    )
+    return replace(
+        _with_graphs(question, traced, traced.any_graph, measured),
+        traced=_with_graphs(question, traced, traced.layer_graph, measured),
+    )
+
+
+def _with_step(problem: Problem, options: PlanOptions) -> Problem:
+    """The problem with what the step's options mean for time and memory."""
+    clips = options.clip_norm is not None
+    return replace(
+        problem,
+        optimizer_slots=options.optimizer_slots,
+        update_slots_of_each=options.update_slots_of_each,
+        update_slots_of_previous=options.update_slots_of_previous,
+        update_slots_of_all=options.update_slots_of_all,
+        updates_wait=options.check_finite or clips,
+        num_verdicts=options.check_finite + clips,
+    )
+
+
+def _with_graphs(
+    question: Prepared,
+    traced: TracedModel,
+    graph_at: Callable[[int], LayerGraph],
+    measured: MeasuredModel | None,
+) -> Prepared:
+    """The question with these graphs, and profiles of them."""
+
+    @cache
+    def profile_at(size: int) -> Profile:
+        return measure(traced, size, graph=graph_at(size))
+
+    problem = replace(question.problem, graph_at=graph_at, profile_at=profile_at)
+    if measured is None:
+        return replace(question, problem=problem)
+    slots = problem.optimizer_slots
+    applied = apply_profile(measured, graph_at, profile_at, problem.cluster, slots)
+    problem = replace(problem, profile_at=cache(applied.profile_at), cluster=applied.cluster)
+    return replace(question, problem=problem, measured=applied)
+
+
+def _with_optimizer(options: PlanOptions, model_file: ModelFile, cluster: Cluster) -> PlanOptions:
+    slots = optimizer_slots(model_file, is_cuda=cluster.backend == "nccl")
+    return replace(
+        options,
+        optimizer_slots=slots.kept,
+        update_slots_of_each=slots.of_each,
+        update_slots_of_previous=slots.of_previous,
+        update_slots_of_all=slots.of_all,
+    )
+
+
+def _checked_norm(clip_norm: float | None) -> float | None:
+    if clip_norm is not None and not (0 < clip_norm < math.inf):
+        raise UsageError(
+            f"clip_norm is {clip_norm}, not a finite number above 0",
+            hint="give the largest norm of the whole model's gradient, such as 1.0",
+        )
+    return clip_norm

@@ -1,0 +1,252 @@
+"""Branch and bound over meshes and batchings, the lowest bound first.
+
+Every mesh and batching waits with a bound that holds for all of its placements. The one whose
+bound is lowest is bounded better, or, where that has been done, tried: a few promising choices get
+splits. The search ends where no bound is below the best placement simulated, or with the clock; the
+lowest bound left is the certificate.
+This module knows nodes and their order. It does not know how a choice is split.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from planner.cluster.types import Link
+from planner.cost import num_rounds
+from planner.solve.bounds import least_rank_units, least_step_ticks
+from planner.solve.build import Builder
+from planner.solve.choices import Choice, stage_counts
+from planner.solve.floor import Surroundings, least_seconds, quick_seconds, rough_seconds
+from planner.solve.problem import Problem
+from planner.solve.rates import Rates
+from planner.solve.sizes import Sizes, in_order
+from planner.solve.sketch import sketch
+from planner.solve.space import Batching, Options, all_options, choice_of, layouts
+from planner.solve.trial import Trial
+
+__all__ = ["Branches", "Node"]
+
+WORTH = 1 - 1e-4
+"""A bound above this part of the best known is not worth a try."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Node:
+    """A mesh and batching."""
+
+    batching: Batching
+    bound_seconds: float
+    """No placement of it is faster."""
+    is_bounded: bool = False
+    """By what the layers are known to take at least at its micro-batch size."""
+    is_exact: bool = False
+    """The size has been profiled."""
+
+
+@dataclass(kw_only=True)
+class Branches:
+    """The nodes that wait, by bound, and how one is tried."""
+
+    problem: Problem
+    num_layers: int
+    sizes: Sizes
+    builder: Builder
+    rates: Rates
+    refused: list[Batching] = field(default_factory=list)
+    """Of a micro-batch size that the model cannot be traced with."""
+    tried: list[Node] = field(default_factory=list)
+    _heap: list[tuple[float, int, Node]] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def start(self, space: Sequence[Batching]) -> None:
+        """Bound all of them by compute alone, from the two smallest sizes that can be traced."""
+        accepted = (
+            size
+            for size in in_order({batching.micro_batch_size for batching in space})
+            if self.sizes.accepts(size)
+        )
+        for size in itertools.islice(accepted, 2):
+            self.rates.learn(size)
+        if not self.rates.known:
+            self.refused += space
+            return
+        known = {size: self.rates.at(size) for size in {one.micro_batch_size for one in space}}
+        for batching in space:
+            bound = rough_seconds(batching, known[batching.micro_batch_size])
+            self._push(Node(batching=batching, bound_seconds=bound))
+
+    @property
+    def bound_seconds(self) -> float:
+        """No placement of any node is faster, tried or not; infinite without nodes."""
+        waiting = self._heap[0][0] if self._heap else math.inf
+        return min([waiting, *(node.bound_seconds for node in self.tried)])
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._heap)
+
+    def next(self, best_seconds: float) -> Node | None:
+        """The node with the lowest bound, all bounds up to date; None if none is worth a try."""
+        while self._heap and self._heap[0][0] < best_seconds * WORTH:
+            _, _, node = heapq.heappop(self._heap)
+            if node.is_exact:
+                return node
+            if self._refine(node):
+                self._push(node)
+        return None
+
+    def _refine(self, node: Node) -> bool:
+        """A better bound; false where the size cannot be traced."""
+        size = node.batching.micro_batch_size
+        if node.is_bounded and size not in self.rates.known:
+            if not self.sizes.accepts(size):
+                self.refused.append(node.batching)
+                return False
+            self.rates.learn(size)
+        floors, around = self.rates.at(size), self._surroundings(node.batching)
+        bound = quick_seconds(node.batching, floors, around)
+        node.bound_seconds = max(node.bound_seconds, bound)
+        node.is_bounded, node.is_exact = True, floors.is_exact
+        return True
+
+    def _options(self, node: Node) -> list[tuple[float, Options]]:
+        """With a bound of each, lowest first; those that cannot fit are left out."""
+        floors = self.rates.at(node.batching.micro_batch_size)
+        around, wanted = self._surroundings(node.batching), self.problem.constraints
+        found = [
+            (least_seconds(node.batching, floors, around, options), options)
+            for options in all_options(node.batching.num_replicas, wanted)
+        ]
+        least = min((bound for bound, _ in found), default=math.inf)
+        node.bound_seconds = max(node.bound_seconds, least)
+        return sorted((one for one in found if one[0] < math.inf), key=lambda one: one[0])
+
+    def _push(self, node: Node) -> None:
+        heapq.heappush(self._heap, (node.bound_seconds, next(self._numbers), node))
+
+    def put_back(self, node: Node) -> None:
+        """A node that there was no time for."""
+        self._push(node)
+
+    def trials(self, node: Node, best_seconds: float, is_over: Callable[[], bool]) -> list[Trial]:
+        """The promising choices of a node, each with the best of a few quick splits.
+
+        `best_seconds` is the step time to beat; `is_over` tells when time is up.
+        """
+        self.tried.append(node)
+        found: list[Trial] = []
+        for bound, options in self._options(node):
+            least = min([best_seconds, *(trial.objective_seconds for trial in found)])
+            if bound >= least * WORTH or is_over():
+                continue
+            found += self._around(node.batching, options, bound)
+        best = min(found, key=lambda trial: trial.objective_seconds, default=None)
+        if best is not None and best.split is not None:
+            found += self._variants(node.batching, best)
+        return found
+
+    def _around(self, batching: Batching, options: Options, bound: float) -> list[Trial]:
+        """Numbers of stages per rank: the most, the middle, one; then those around the best."""
+        wanted, ranks = self.problem.constraints, batching.num_pipeline_ranks
+        counts = stage_counts(wanted, ranks, self.num_layers)
+        last, found = len(counts) - 1, dict[int, Trial]()
+
+        def attempt(position: int) -> None:
+            if 0 <= position <= last and position not in found:
+                per_rank = counts[position]
+                choice = choice_of(self.problem, batching, options, stages_per_rank=per_rank)
+                found[position] = self._trial(choice, bound)
+
+        for position in (last, last // 2, 0):
+            attempt(position)
+        for _ in range(2):
+            best = min(found, key=lambda position: found[position].objective_seconds, default=0)
+            attempt(best + 1)
+            attempt(best - 1)
+        return list(found.values())
+
+    def _trial(self, choice: Choice, bound: float) -> Trial:
+        instance = self.builder.instance(choice)
+        least = least_step_ticks(instance) * instance.tick_seconds
+        trial = Trial(instance=instance, bound_seconds=max(bound, least))
+        if least_rank_units(instance) > max(instance.limit_units):
+            trial.verdict = "infeasible: no rank has the memory that some rank needs"
+        elif not trial.offer(sketch(instance)):
+            trial.verdict = (
+                "infeasible: no split that fits was found, nor proved that there is none"
+            )
+        return trial
+
+    def _variants(self, batching: Batching, best: Trial) -> list[Trial]:
+        """The best choice with other pools and the other layout."""
+        choice, bound = best.instance.choice, self.tried[-1].bound_seconds
+        others = [
+            replace(choice, layout=layout)
+            for layout in layouts(self.problem, batching)
+            if layout is not choice.layout
+        ]
+        if self.problem.constraints.num_buffers is None:
+            sizes = {1, 3} - {choice.num_buffers}
+            others += [replace(choice, num_buffers=size) for size in sorted(sizes)]
+        return [self._trial(other, bound) for other in others]
+
+    def _surroundings(self, batching: Batching) -> Surroundings:
+        graph = self._parameters
+        replicas, ranks = batching.mesh
+        return Surroundings(
+            limit_bytes=np.full(ranks, self._limit_bytes),
+            weight_bytes=graph[0],
+            trainable_bytes=graph[1],
+            optimizer_slots=self.problem.optimizer_slots,
+            byte_seconds=(replicas - 1) / replicas / self._bandwidth(replicas),
+            pass_seconds=self._latency(replicas),
+            least_update_seconds=min(d.kernel_overhead_seconds for d in self.rates.devices),
+            update_seconds=min(
+                2
+                * (2 + self.problem.optimizer_slots)
+                / (device.memory_bandwidth * (device.update_efficiency or device.memory_efficiency))
+                for device in self.rates.devices
+            ),
+            recompute=self.problem.constraints.recompute,
+        )
+
+    @cached_property
+    def _limit_bytes(self) -> float:
+        """Of the roomiest device."""
+        if self.problem.memory_limit_bytes is not None:
+            return float(self.problem.memory_limit_bytes)
+        return float(max(d.memory_bytes - d.reserved_bytes for d in self.rates.devices))
+
+    def _bandwidth(self, replicas: int) -> float:
+        """Bytes per second of the quickest group of so many replicas."""
+        links = self._group_links(replicas)
+        return max(link.bandwidth / (1 if link.duplex else 2) for link in links)
+
+    def _latency(self, replicas: int) -> float:
+        """Seconds in which anything can pass between so many replicas."""
+        rounds = num_rounds(replicas, self.problem.cluster.collectives) if replicas > 1 else 0
+        return rounds * min(link.latency_seconds for link in self._group_links(replicas))
+
+    def _group_links(self, replicas: int) -> list[Link]:
+        """Links that a group of so many replicas may go by: inside a host where it has room."""
+        cluster = self.problem.cluster
+        roomy = [host.link for host in cluster.hosts if host.num_devices >= replicas]
+        return roomy or [cluster.network, *(own.link for own in cluster.host_links)]
+
+    @cached_property
+    def _parameters(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each layer's weights, and of those that are trained; tied ones once."""
+        graph = self.problem.graph_at(next(iter(self.rates.known)))
+        specs, seen = graph.parameter_specs, set[str]()
+        weights, trained = np.zeros(self.num_layers), np.zeros(self.num_layers)
+        for index, layer in enumerate(graph.layers):
+            for name in set(layer.parameters) - seen:
+                weights[index] += specs[name].num_bytes
+                trained[index] += specs[name].num_bytes if specs[name].trainable else 0
+            seen.update(layer.parameters)
+        return weights, trained

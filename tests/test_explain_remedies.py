@@ -1,0 +1,125 @@
+"""What would make an infeasible problem feasible: each remedy is true, and the smallest first."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from explain_problems import QUICK, chain_problem, planner
+
+from planner.errors import InfeasibleError
+from planner.explain.remedies import Remedy, find_remedies, with_remedies
+from planner.explain.types import limits_of, simulator
+from planner.solve import Problem, solve
+
+
+def is_feasible(problem: Problem) -> bool:
+    try:
+        solve(problem, simulator(planner()(problem)))
+    except InfeasibleError:
+        return False
+    return True
+
+
+def remedies_of(problem: Problem) -> tuple[Remedy, ...]:
+    assert not is_feasible(problem)
+    return find_remedies(problem, planner(), time_limit_seconds=60.0)
+
+
+TIGHT: dict[str, Any] = {"num_layers": 6, "num_devices": 2, "batch": 8, "time_limit_seconds": 10.0}
+
+
+PINNED: dict[str, Any] = {"num_pipeline_ranks": 2, "micro_batch_size": 1, **QUICK}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "num_elements", "memory_bytes", "words"),
+    [
+        ({"recompute": False, **PINNED}, 150_000, 16 * 10**6, "recompute the activations"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ({"recompute": False}, 150_000, 16 * 10**6, "recompute the activations"),
+                (
+                    {"micro_batch_size": 8, "recompute": True},
+                    150_000, 12 * 10**6, "micro-batches of",
+                ),
+                (
+                    {"partition": 0, "num_replicas": 2, "offload_state": False},
+                    600_000, 40 * 10**6, "partition level",
+                ),
+                (
+                    {"num_pipeline_ranks": 1, "partition": 0, "offload_state": False},
+                    600_000, 40 * 10**6, "pipeline ranks",
+                ),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_remedies_are_true(
+    wanted: dict[str, Any], num_elements: int, memory_bytes: int, words: str
+) -> None:
+    problem = chain_problem(memory_bytes=memory_bytes, num_elements=num_elements, **TIGHT, **wanted)
+    found = remedies_of(problem)
+    assert any(words in remedy.words for remedy in found), [remedy.words for remedy in found]
+    for remedy in found:
+        simulated = simulator(planner()(remedy.problem))(remedy.placement)
+        limits = limits_of(remedy.problem, remedy.placement)
+        assert all(p <= limit for p, limit in zip(simulated.peak_bytes, limits, strict=True))
+        assert simulated.step_seconds == remedy.step_seconds
+        differs = [
+            field.name
+            for field in dataclasses.fields(Problem)
+            if field.name != "time_limit_seconds"
+            and getattr(remedy.problem, field.name) != getattr(problem, field.name)
+        ]
+        assert differs in (
+            ["constraints"], ["memory_limit_bytes"], ["cluster", "num_devices"],
+            ["num_devices"], ["global_batch_size"],
+        )  # fmt: skip
+    assert [remedy.size for remedy in found] == sorted(remedy.size for remedy in found)
+
+
+def test_the_memory_named_is_the_smallest() -> None:
+    problem = chain_problem(memory_bytes=3 * 10**6, num_elements=150_000, **TIGHT, **PINNED)
+    found = [r for r in remedies_of(problem) if "a memory limit of" in r.words]
+    assert len(found) == 1
+    enough = found[0].problem.memory_limit_bytes
+    assert enough is not None
+    assert is_feasible(dataclasses.replace(problem, memory_limit_bytes=enough))
+    assert not is_feasible(dataclasses.replace(problem, memory_limit_bytes=round(0.9 * enough)))
+    assert found[0].size == pytest.approx(enough / (3 * 10**6) - 1)
+
+
+def test_more_devices_are_named() -> None:
+    pinned = {name: value for name, value in PINNED.items() if name != "num_pipeline_ranks"}
+    problem = chain_problem(memory_bytes=25 * 10**6, num_elements=600_000, **TIGHT, **pinned)
+    found = [r for r in remedies_of(problem) if "devices (" in r.words]
+    assert len(found) == 1
+    assert found[0].problem.num_devices == found[0].placement.world_size > 2
+    assert found[0].size == found[0].problem.num_devices / 2 - 1
+
+
+@pytest.mark.slow
+def test_the_error_keeps_its_reason_and_gets_the_remedies() -> None:
+    problem = chain_problem(memory_bytes=3 * 10**6, num_elements=150_000, **TIGHT)
+    with pytest.raises(InfeasibleError, match="on pipeline rank") as caught:
+        solve(problem, simulator(planner()(problem)))
+    error = with_remedies(caught.value, problem, planner(), time_limit_seconds=60.0)
+    assert error.message == caught.value.message
+    assert "a memory limit of" in error.hint
+    assert " ms a step" in error.hint
+
+
+def test_one_layer_on_one_device() -> None:
+    problem = chain_problem(1, 1, batch=1, memory_bytes=1000, time_limit_seconds=0.5)
+    found = find_remedies(problem, planner(), time_limit_seconds=30.0)
+    assert [remedy.words[:14] for remedy in found] == ["a memory limit"]
+
+
+def test_without_time_there_are_no_remedies() -> None:
+    problem = chain_problem(memory_bytes=10**4, **TIGHT)
+    error = with_remedies(
+        InfeasibleError("nothing fits"), problem, planner(), time_limit_seconds=0.0
+    )
+    assert error.message == "nothing fits"
+    assert "no single change" in error.hint
