@@ -18,13 +18,14 @@ __all__ = ["OTHER_SCHEDULES", "solve_any"]
 
 OTHER_SCHEDULES = (
     Schedule.ONE_F_ONE_B,
-    Schedule.ZERO_BUBBLE,
     Schedule.PLAIN,
     Schedule.GPIPE,
     Schedule.INTERLEAVED,
     Schedule.HYBRID,
 )
-"""Those with fewer plans to choose from come first: what they find spares the others work."""
+"""Those with fewer plans to choose from come first: what they find spares the others work. ZB-H1
+must be demanded: it asks autograd for a part of the gradients at a time, and checkpointing that
+re-enters autograd, inside layers of the model, refuses that."""
 LAYERED_SHARE = 0.6
 """Of the time limit, for the layered search; the other schedules together have what it leaves."""
 MAX_DEVICES = 256

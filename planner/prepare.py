@@ -187,7 +187,8 @@ def _with_graphs(
     if measured is None:
         return replace(question, problem=problem)
     slots = problem.optimizer_slots
-    applied = apply_profile(measured, graph_at, profile_at, problem.cluster, slots)
+    # The layers of a graph that follows from two others are not named as what was measured is.
+    applied = apply_profile(measured, traced.layer_graph, profile_at, problem.cluster, slots)
     problem = replace(problem, profile_at=cache(applied.profile_at), cluster=applied.cluster)
     return replace(question, problem=problem, measured=applied)
 

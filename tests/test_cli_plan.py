@@ -171,3 +171,13 @@ def test_the_same_from_python(folder: Path) -> None:
     assert any(i.opcode is Opcode.SAVE for i in made.programs[0])
     with pytest.raises(UsageError, match="clip_norm is nan"):
         make_plan(model_file, num_devices=2, cluster=cluster, clip_norm=float("nan"))
+
+
+@pytest.mark.slow
+def test_what_fits_only_just_is_found(folder: Path) -> None:
+    example = Path(__file__).parent.parent / "examples" / "gpt.py"
+    result = run(
+        plan_command, str(example), "--gpus", "2", "--cluster", "a100-80", "--batch-size", "8",
+        "--memory-limit", "8MB", "--schedule", "layered", "--output", str(folder / "gpt.plan.yaml"),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output

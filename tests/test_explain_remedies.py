@@ -7,9 +7,11 @@ import pytest
 from explain_problems import QUICK, chain_problem, planner
 
 from planner.errors import InfeasibleError
+from planner.explain.fit import first_fit
 from planner.explain.remedies import Remedy, find_remedies, with_remedies
 from planner.explain.types import limits_of, simulator
 from planner.solve import Problem, solve
+from planner.solve.infeasible import least_memory
 
 
 def is_feasible(problem: Problem) -> bool:
@@ -88,6 +90,20 @@ def test_the_memory_named_is_the_smallest() -> None:
     assert is_feasible(dataclasses.replace(problem, memory_limit_bytes=enough))
     assert not is_feasible(dataclasses.replace(problem, memory_limit_bytes=round(0.9 * enough)))
     assert found[0].size == pytest.approx(enough / (3 * 10**6) - 1)
+
+
+def test_what_is_left_free_counts_as_room() -> None:
+    """Offload and single buffers are choices like any other."""
+    wanted = {**PINNED, "num_pipeline_ranks": 1, "num_replicas": 1, "stages_per_rank": 12}
+    pinned = ("offload_state", "offload_inputs", "num_buffers")
+    free = {name: value for name, value in wanted.items() if name not in pinned}
+    sizes = {"memory_bytes": 2 * 10**6, "num_elements": 150_000, **TIGHT, "num_layers": 12}
+    needed = [least_memory(chain_problem(**{**sizes, **demands})) for demands in (wanted, free)]
+    assert needed[1] < 0.7 * needed[0]
+    problem = chain_problem(**{**sizes, **free, "memory_bytes": round(1.1 * needed[1])})
+    placement = first_fit(problem, simulator(planner()(problem)), time_limit_seconds=10.0)
+    assert placement is not None
+    assert placement.offload_state
 
 
 def test_more_devices_are_named() -> None:

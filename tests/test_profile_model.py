@@ -123,6 +123,14 @@ def test_other_sizes_say_where_they_come_from(folder: Path, size: str, words: st
     assert words in prediction.provenance
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_plan_takes_a_profile_of_many_sizes() -> None:
+    """More sizes than the search traces: it derives the others."""
+    assert profile("--micro-batch-size", "2,4,8", "--repeats", "1").exit_code == 0
+    planned = plan("--batch-size", "8")
+    assert planned.exit_code == 0, planned.output
+
+
 def test_sizes_of_one(folder: Path) -> None:
     (folder / "small.py").write_text(
         "import torch\nfrom torch import nn\n"

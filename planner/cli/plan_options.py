@@ -101,7 +101,12 @@ _PLACEMENT = (
     ),
     click.option(
         "--schedule",
-        type=click.Choice(["any", *map(str, (Schedule.LAYERED, *OTHER_SCHEDULES, *OrderSearch))]),
+        type=click.Choice(
+            [
+                "any",
+                *map(str, (Schedule.LAYERED, *OTHER_SCHEDULES, Schedule.ZERO_BUBBLE, *OrderSearch)),
+            ]
+        ),
         default="any",
         show_default=True,
         help="Order of compute; any: the fastest of them; best: orders of no family too, by a "

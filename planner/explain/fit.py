@@ -23,6 +23,7 @@ from planner.solve.infeasible import (
     SEARCH_EFFORT,
     by_headroom,
     lean_split,
+    leaner,
     with_margin,
 )
 from planner.solve.instance import Instance, rank_units
@@ -70,10 +71,12 @@ def _layered(
     check_problem(problem, num_layers)
     groups = mesh_groups(problem, num_layers, accepts=sizes.accepts)
     for _, choices in zip(range(_MAX_GROUPS), groups, strict=False):
-        accepted = (choice for choice in choices if sizes.accepts(choice.micro_batch_size))
-        instances = [builder.instance(choice) for choice in accepted]
-        possible = [i for i in instances if least_rank_units(i) <= max(i.limit_units)]
-        roomy = by_headroom(possible)[:MAX_TRIES]
+        accepted = [choice for choice in choices if sizes.accepts(choice.micro_batch_size)]
+        roomy = []
+        for some in (leaner(problem, accepted), accepted):
+            instances = map(builder.instance, some)
+            possible = [i for i in instances if least_rank_units(i) <= max(i.limit_units)]
+            roomy += by_headroom(possible)[:MAX_TRIES]
         for make, instance in itertools.product((lean_split, _searched_split), roomy):
             if clock.left <= 0:
                 return None

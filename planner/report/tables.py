@@ -31,7 +31,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """Model, cluster, mesh and batch, a line each."""
     elements = sum(parameter.num_elements for parameter in plan.parameters)
     return [
-        f"model     {plan.model_name}: {len(plan.layer_names)} layers, "
+        f"model     {plan.model_name}: {_counted(len(plan.layer_names), 'layer')}, "
         f"{count_text(elements)} parameters",
         f"cluster   {plan.cluster.name}: {plan.cluster.provenance}",
         f"mesh      {_counted(plan.num_replicas, 'replica')} x "
@@ -143,8 +143,11 @@ def candidate_table(solution: Solution) -> Table:
     rejected.sort(key=_promise)
     table = _table(
         f"rejected: {len(rejected)} choices, the nearest first",
-        ["mesh x loops", "batch", "partition", "recompute", "bound", "simulated", "why"],
-    )
+        [
+            "mesh x loops", "batch", "partition", "recompute", "offload", "buffers", "bound",
+            "simulated", "why",
+        ],
+    )  # fmt: skip
     for candidate in rejected[:_MAX_CANDIDATES]:
         step = candidate.step_seconds
         table.add_row(
@@ -153,6 +156,8 @@ def candidate_table(solution: Solution) -> Table:
             f"{candidate.num_micro_batches} x {candidate.micro_batch_size}",
             str(candidate.partition),
             _RECOMPUTES[candidate.recompute],
+            _OFFLOADS[candidate.offload_state, candidate.offload_inputs],
+            str(candidate.num_buffers),
             seconds_text(candidate.bound_seconds),
             "-" if step is None else seconds_text(step),
             _REASONS.get(candidate.verdict, candidate.verdict),
@@ -174,8 +179,12 @@ def rules_table(report: Report) -> Table:
 
 
 _RECOMPUTES = {False: "no", True: "yes", None: "per stage"}
+_OFFLOADS = {
+    (False, False): "no", (True, False): "state", (False, True): "inputs", (True, True): "both",
+}  # fmt: skip
+"""By offload of state and of inputs."""
 _REASONS = {
-    "simulated": "slower",
+    "simulated": "no faster",
     "bounded": "bound is slower",
     "estimated": "estimate is slower",
 }

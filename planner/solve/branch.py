@@ -10,6 +10,7 @@ This module knows nodes and their order. It does not know how a choice is split.
 import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,6 +34,9 @@ __all__ = ["Branches", "Node"]
 
 WORTH = 1 - 1e-4
 """A bound above this part of the best known is not worth a try."""
+MAX_LEADERS = 4
+MAX_COMPARED = 24
+"""Nodes among which the leaders of meshes are looked for."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -100,6 +104,19 @@ class Branches:
                 self._push(node)
         return None
 
+    def leaders(self) -> list[Node]:
+        """The node with the lowest bound of each of a few meshes: tried first, they soon give a
+        good step time to beat, where all nodes with the lowest bounds are of one mesh."""
+        found, others = dict[tuple[int, int], Node](), list[Node]()
+        while len(found) < MAX_LEADERS and len(found) + len(others) < MAX_COMPARED:
+            if (node := self.next(math.inf)) is None:
+                break
+            if found.setdefault(node.batching.mesh, node) is not node:
+                others.append(node)
+        for node in others:
+            self._push(node)
+        return list(found.values())
+
     def _refine(self, node: Node) -> bool:
         """A better bound; false where the size cannot be traced."""
         size = node.batching.micro_batch_size
@@ -108,7 +125,7 @@ class Branches:
                 self.refused.append(node.batching)
                 return False
             self.rates.learn(size)
-        floors, around = self.rates.at(size), self._surroundings(node.batching)
+        floors, around = self.rates.at(size), self.surroundings(node.batching)
         bound = quick_seconds(node.batching, floors, around)
         node.bound_seconds = max(node.bound_seconds, bound)
         node.is_bounded, node.is_exact = True, floors.is_exact
@@ -117,7 +134,7 @@ class Branches:
     def _options(self, node: Node) -> list[tuple[float, Options]]:
         """With a bound of each, lowest first; those that cannot fit are left out."""
         floors = self.rates.at(node.batching.micro_batch_size)
-        around, wanted = self._surroundings(node.batching), self.problem.constraints
+        around, wanted = self.surroundings(node.batching), self.problem.constraints
         found = [
             (least_seconds(node.batching, floors, around, options), options)
             for options in all_options(node.batching.num_replicas, wanted)
@@ -195,15 +212,17 @@ class Branches:
             others += [replace(choice, num_buffers=size) for size in sorted(sizes)]
         return [self._trial(other, bound) for other in others]
 
-    def _surroundings(self, batching: Batching) -> Surroundings:
+    def surroundings(self, batching: Batching) -> Surroundings:
         graph = self._parameters
         replicas, ranks = batching.mesh
         return Surroundings(
             limit_bytes=np.full(ranks, self._limit_bytes),
             weight_bytes=graph[0],
             trainable_bytes=graph[1],
+            tied_bytes=graph[2],
             optimizer_slots=self.problem.optimizer_slots,
             byte_seconds=(replicas - 1) / replicas / self._bandwidth(replicas),
+            load_byte_seconds=min(1 / (d.host_bandwidth or math.inf) for d in self.rates.devices),
             pass_seconds=self._latency(replicas),
             least_update_seconds=min(d.kernel_overhead_seconds for d in self.rates.devices),
             update_seconds=min(
@@ -239,14 +258,16 @@ class Branches:
         return roomy or [cluster.network, *(own.link for own in cluster.host_links)]
 
     @cached_property
-    def _parameters(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of each layer's weights, and of those that are trained; tied ones once."""
+    def _parameters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes of each layer's weights, of those that are trained, and of those that are tied;
+        tied ones once."""
         graph = self.problem.graph_at(next(iter(self.rates.known)))
         specs, seen = graph.parameter_specs, set[str]()
-        weights, trained = np.zeros(self.num_layers), np.zeros(self.num_layers)
+        users = Counter(name for layer in graph.layers for name in set(layer.parameters))
+        found = np.zeros((3, self.num_layers))
         for index, layer in enumerate(graph.layers):
             for name in set(layer.parameters) - seen:
-                weights[index] += specs[name].num_bytes
-                trained[index] += specs[name].num_bytes if specs[name].trainable else 0
+                size = specs[name].num_bytes
+                found[:, index] += size, size * specs[name].trainable, size * (users[name] > 1)
             seen.update(layer.parameters)
-        return weights, trained
+        return found[0], found[1], found[2]

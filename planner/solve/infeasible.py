@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from planner.errors import InfeasibleError
 from planner.solve.bounds import least_rank_units
 from planner.solve.build import Builder
-from planner.solve.choices import mesh_groups
+from planner.solve.choices import Choice, mesh_groups
 from planner.solve.classes import bytes_by_class
 from planner.solve.entry import Clock
 from planner.solve.instance import Instance, overflow_units, rank_units
@@ -26,6 +26,8 @@ __all__ = [
     "explain",
     "format_bytes",
     "lean_split",
+    "lean_splits",
+    "leaner",
     "least_memory",
     "with_margin",
 ]
@@ -43,12 +45,33 @@ def by_headroom(instances: Sequence[Instance]) -> list[Instance]:
     )
 
 
+def leaner(problem: Problem, choices: Sequence[Choice]) -> list[Choice]:
+    """What takes less memory than the choices: offload and single buffers, where not demanded.
+
+    Only of choices that recompute, unless the demand is not to.
+    """
+    wanted = problem.constraints
+    state, inputs = wanted.offload_state is not False, wanted.offload_inputs is not False
+    lean = (
+        dataclasses.replace(
+            choice,
+            offload_state=state,
+            offload_inputs=inputs,
+            num_buffers=wanted.num_buffers or 1,
+        )
+        for choice in choices
+        if choice.recompute is not False or wanted.recompute is False
+    )
+    known = set(choices)
+    return [choice for choice in dict.fromkeys(lean) if choice not in known]
+
+
 def explain(builder: Builder, instances: Sequence[Instance], margin_bytes: int) -> InfeasibleError:
     """The nearest miss by class of bytes.
 
     `margin_bytes` is what the simulator found on a rank beyond the memory model.
     """
-    instance, split = min(_tried(instances), key=lambda pair: _overflow_bytes(*pair))
+    instance, split = lean_splits(builder, instances)[0]
     choice = instance.choice
     excess = [
         units - limit
@@ -78,8 +101,9 @@ def least_memory(problem: Problem) -> int:
     builder = Builder(problem=problem)
     sizes = Sizes(problem=problem, clock=Clock(limit_seconds=math.inf))
     choices = next(mesh_groups(problem, sizes.count_layers(), accepts=sizes.accepts))
-    instances = [builder.instance(c) for c in choices if sizes.accepts(c.micro_batch_size)]
+    accepted = [choice for choice in choices if sizes.accepts(choice.micro_batch_size)]
     sizes.raise_if_all_refused()
+    instances = [builder.instance(c) for c in (*accepted, *leaner(problem, accepted))]
     return min(max(rank_units(i, split)) * i.unit_bytes for i, split in _tried(instances))
 
 
@@ -91,6 +115,14 @@ def lean_split(instance: Instance) -> Split:
         for prefix in (instance.kept, instance.buffer, instance.time)
     }
     return min(sorted(splits), key=lambda split: overflow_units(instance, split))
+
+
+def lean_splits(builder: Builder, instances: Sequence[Instance]) -> list[tuple[Instance, Split]]:
+    """Splits that need little memory, of these choices and of leaner ones, the nearest first."""
+    lean = leaner(builder.problem, [instance.choice for instance in instances])
+    return sorted(
+        _tried([*instances, *map(builder.instance, lean)]), key=lambda pair: _overflow_bytes(*pair)
+    )
 
 
 def _tried(instances: Sequence[Instance]) -> list[tuple[Instance, Split]]:

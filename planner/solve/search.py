@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from planner.errors import InfeasibleError
+from planner.solve.bounds import least_step_ticks
 from planner.solve.branch import Branches, Node
 from planner.solve.build import Builder
 from planner.solve.choices import Choice, check_problem, mesh_groups
 from planner.solve.entry import Clock, placement_of
 from planner.solve.exact import CAREFUL, is_chain, is_small, ranked
-from planner.solve.infeasible import explain, with_margin
-from planner.solve.instance import rank_units, step_ticks
+from planner.solve.infeasible import explain, lean_splits, with_margin
+from planner.solve.instance import Instance, rank_units, step_ticks
 from planner.solve.problem import Problem, Simulated
 from planner.solve.rates import Rates
 from planner.solve.recompute import choose_recompute
@@ -23,7 +24,7 @@ from planner.solve.refine import refine
 from planner.solve.sizes import Sizes
 from planner.solve.sketch import sketch
 from planner.solve.space import Batching, all_options, batchings, choice_of
-from planner.solve.splits import greedy_split, uniform_split
+from planner.solve.splits import fits, greedy_split, uniform_split
 from planner.solve.trial import Trial, candidate_of
 from planner.solve.types import Placement, Solution
 
@@ -73,6 +74,8 @@ def solve(
     if is_small(problem, space, num_layers):
         search.go_through(space)
     if search.best is None:
+        search.rescue()
+    if search.best is None:
         raise search.failure()
     return search.solution(search.best)
 
@@ -111,6 +114,11 @@ class _Search:
         """The lowest bound first, until no bound is below the best or the clock ends it."""
         branches = self.branches
         branches.start(space)
+        for leader in branches.leaders():
+            if self._is_over():
+                branches.put_back(leader)
+            else:
+                self._try(leader)
         # Splits that look good are simulated at once; the others wait for the end.
         while (node := branches.next(self.best_seconds)) is not None:
             if self._is_over():
@@ -257,13 +265,28 @@ class _Search:
             best.objective_seconds = step_ticks(best.instance, split) * best.instance.tick_seconds
         return simulated.step_seconds
 
+    def rescue(self) -> None:
+        """Where nothing has been found: the splits that need least memory, until one fits."""
+        self.sizes.raise_if_all_refused()
+        for instance, split in lean_splits(self.builder, self._instances()):
+            if fits(instance, split):
+                bound = least_step_ticks(instance) * instance.tick_seconds
+                trial = Trial(instance=instance, bound_seconds=bound)
+                trial.offer(split)
+                self._simulate(trial)
+                if self.best is not None:
+                    self.trials.append(trial)
+                    return
+
     def failure(self) -> InfeasibleError:
         """Why nothing fits."""
-        self.sizes.raise_if_all_refused()
+        return explain(self.builder, self._instances(), self.margin_bytes)
+
+    def _instances(self) -> list[Instance]:
+        """Of the most devices that any choice uses."""
         groups = mesh_groups(self.problem, self.num_layers, accepts=self.sizes.accepts)
-        instances = [
+        return [
             self.builder.instance(choice)
             for choice in next(groups)
             if self.sizes.accepts(choice.micro_batch_size)
         ]
-        return explain(self.builder, instances, self.margin_bytes)
