@@ -18,5 +18,6 @@ def test_the_snippet_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
     plan = read_plan("model.plan.yaml")
-    assert plan.world_size == 8
+    assert plan.world_size <= 8  # so small a model may be faster on fewer
+    assert plan.global_batch_size == 64
     assert check(plan).passed
