@@ -126,7 +126,7 @@ def _others(asked: Problem, problem: Problem, planned: Planned) -> Iterator[Plac
     limit = asked.memory_limit_bytes
     if limit is None:
         devices = [host.device for host in asked.cluster.hosts]
-        limit = min(device.memory_bytes - device.reserved_bytes for device in devices)
+        limit = min(device.usable_bytes for device in devices)
     roomy = replace(asked, memory_limit_bytes=ROOM * limit)
     for schedule in (Schedule.INTERLEAVED, Schedule.HYBRID):
         try:

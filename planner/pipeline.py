@@ -3,7 +3,6 @@
 This module knows the order of the levels. It does not know what any level does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -14,8 +13,8 @@ from planner.check import Report, check
 from planner.cluster import Cluster
 from planner.errors import CheckError, InfeasibleError
 from planner.explain.remedies import with_remedies
+from planner.explain.types import simulator
 from planner.graph import LayerGraph
-from planner.host_memory import simulated_of
 from planner.measure.measured import MeasuredModel
 from planner.model_file import ModelFile
 from planner.order import OrderFound
@@ -25,9 +24,7 @@ from planner.schedules import OrderSearch
 from planner.simulate import Simulation
 from planner.solve import (
     Constraints,
-    Placement,
     Progress,
-    Simulated,
     Solution,
     best_order,
 )
@@ -115,7 +112,7 @@ def find_plan(
             searched = solve_with_order(problem, lowered, prepared.order, progress)
             solution = searched.solution
         else:
-            solution = solve_any(problem, _judge(lowered), progress)
+            solution = solve_any(problem, simulator(lowered), progress)
     except InfeasibleError as error:
         if not advise:
             raise
@@ -129,7 +126,7 @@ def find_plan(
         plan, simulation = searched.order.best.plan, searched.order.best.simulation
     else:
         problem, solution = best_order(
-            problem, solution, solve_any, lambda other: _judge(prepared.planner_for(other))
+            problem, solution, solve_any, lambda other: simulator(prepared.planner_for(other))
         )
         if problem is not prepared.problem:
             prepared = replace(prepared, problem=problem)
@@ -148,23 +145,12 @@ def find_plan(
     )
 
 
-def _judge(
-    planned: Callable[[Placement], tuple[Plan, Simulation]],
-) -> Callable[[Placement], Simulated]:
-    """What the simulator says of a placement's plan."""
-
-    def simulated(placement: Placement) -> Simulated:
-        return simulated_of(*planned(placement))
-
-    return simulated
-
-
 def _prediction(
     prepared: Prepared, plan: Plan, simulation: Simulation, bound_seconds: float
 ) -> Prediction:
     cluster, limit = prepared.problem.cluster, prepared.problem.memory_limit_bytes
     devices = [cluster.device(rank) for rank in range(plan.world_size)]
-    least = min(device.memory_bytes - device.reserved_bytes for device in devices)
+    least = min(device.usable_bytes for device in devices)
     layers = "from the roofline"
     if prepared.measured is not None:
         layers = prepared.measured.note_at(plan.micro_batch_size)

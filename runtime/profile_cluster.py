@@ -33,7 +33,7 @@ from planner.console import (
 )
 from planner.cost.algorithm import with_algorithm
 from planner.errors import UsageError
-from planner.files import write_whole
+from planner.files import write_text
 from planner.layouts import Grid
 from planner.report.measured_cluster import cluster_tables
 from planner.report.quantities import parse_bytes
@@ -196,12 +196,7 @@ def profile_rank(options: Options) -> None:
 
 
 def _write(file: ClusterFile, output: Path) -> None:
-    try:
-        write_whole(output, cluster_text(file).encode())
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror}", hint="give another path with --output"
-        ) from None
+    write_text(output, cluster_text(file), hint="give another path with --output")
     for table in cluster_tables(file):
         console.print(table)
         console.print()

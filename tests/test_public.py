@@ -76,7 +76,6 @@ RUNTIME_MAY_IMPORT = (
     "planner.console",
     "planner.cost.algorithm",
     "planner.errors",
-    "planner.export.files",
     "planner.export.timeline_file",
     "planner.files",
     "planner.graph",

@@ -21,7 +21,7 @@ from planner.explain.comparison import check_same_model, compare_plans, side_of
 from planner.explain.explanation import explain
 from planner.explain.frontier import Point, time_and_devices, time_and_memory
 from planner.explain.types import PlannerFor
-from planner.export.files import write_text
+from planner.files import write_text
 from planner.graph import LayerGraph
 from planner.pipeline import PlanResult
 from planner.plan.file import read_plan

@@ -10,9 +10,9 @@ from planner.check import check
 from planner.cluster.resolve import resolve_cluster
 from planner.console import HELP, SAMPLES, check_can_write, command_errors, console
 from planner.errors import CheckError, UsageError
-from planner.export.files import read_text
 from planner.export.skeleton import StageCosts, ideal_cluster, skeleton_plan
 from planner.export.torch_import import parse_csv
+from planner.files import read_text
 from planner.plan.file import write_plan
 from planner.plan.types import Plan, Prediction
 from planner.report import parse_bytes, plan_lines, rules_table, seconds_text
@@ -136,7 +136,7 @@ def _predicted(plan: Plan) -> Plan:
         step_seconds=simulation.step_seconds,
         bubble=simulation.bubble,
         peak_bytes=simulation.peak_bytes,
-        memory_limit_bytes=min(d.memory_bytes - d.reserved_bytes for d in devices),
+        memory_limit_bytes=min(d.usable_bytes for d in devices),
         provenance=f"simulated on {plan.cluster.name} with given costs of stages",
     )
     return replace(plan, prediction=prediction)

@@ -22,7 +22,7 @@ from planner.console import (
     console,
 )
 from planner.errors import UsageError
-from planner.export.files import write_text
+from planner.files import write_text
 from planner.graph import LayerGraph
 from planner.measure import measure, with_splits
 from planner.measure.optimizer_state import measure_optimizer

@@ -25,8 +25,7 @@ from planner.calibrate import (
 from planner.calibrate.known import calibrated_cluster, calibrated_text, start
 from planner.cluster.library import device_names
 from planner.console import DEVICES, HELP, SEED, check_can_write, command_errors, console
-from planner.errors import UsageError
-from planner.files import write_whole
+from planner.files import write_text
 
 __all__ = ["main"]
 
@@ -96,12 +95,7 @@ def main(
     most = max(step.gpus for step in steps)
     cluster = calibrated_cluster(fit, begun, gpus or most, source)
     text = calibrated_text(fit, cluster, " ".join(["lga-profile", *sys.argv[1:]]))
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror}", hint="give another path with --output"
-        ) from None
+    write_text(path, text, hint="give another path with --output")
     _print(fit, [step for index, step in enumerate(steps) if index not in set(chosen)])
     console.print(Text(f"cluster   written to {path}"), soft_wrap=True)
 

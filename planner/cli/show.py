@@ -7,9 +7,9 @@ from rich.text import Text
 
 from planner.console import HELP, check_can_write, command_errors, console
 from planner.export.chrome import chrome_trace
-from planner.export.files import write_text
 from planner.export.timeline_file import read_timeline
 from planner.export.torch_csv import CsvFormat, csv_notes, print_csv
+from planner.files import write_text
 from planner.plan.file import read_plan
 from planner.plan.types import Plan
 from planner.report import (

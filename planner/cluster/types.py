@@ -97,6 +97,11 @@ class Device:
     """Part of memory_bandwidth that the user's optimizer was measured to reach; None: as large
     element-wise kernels."""
 
+    @property
+    def usable_bytes(self) -> int:
+        """Memory less what is reserved."""
+        return self.memory_bytes - self.reserved_bytes
+
     def operator_rates(self, kind: OperatorClass) -> OperatorRates:
         """The rates of a class: its own, or the device's efficiencies."""
         return self.rates.get(kind) or OperatorRates(

@@ -12,7 +12,6 @@ from planner.any_schedule import solve_any
 from planner.cluster.types import Cluster, Link
 from planner.errors import LgaError
 from planner.explain.types import PlannerFor, Resolved, Tell, limits_of, simulator, tell_nobody
-from planner.schedules import Schedule
 from planner.solve import Placement, Problem
 
 __all__ = ["ClusterAt", "WhatIf", "changed", "grown", "offers", "resolve", "slowest_link"]
@@ -124,16 +123,6 @@ def resolve(
         placement=best[1],
         step_seconds=best[0],
         peak_bytes=simulate(best[1]).peak_bytes,
-    )
-
-
-def _is_placeable(known: Placement, problem: Problem) -> bool:
-    """Whether a placement for another problem is one for this. (One with an order of its own says
-    too little.)"""
-    return (
-        known.schedule is not Schedule.CUSTOM
-        and known.world_size <= problem.num_devices
-        and known.global_batch_size == problem.global_batch_size
     )
 
 

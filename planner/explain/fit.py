@@ -22,11 +22,12 @@ from planner.solve.infeasible import (
     MAX_TRIES,
     SEARCH_EFFORT,
     by_headroom,
+    excess_bytes,
     lean_split,
     leaner,
     with_margin,
 )
-from planner.solve.instance import Instance, rank_units
+from planner.solve.instance import Instance
 from planner.solve.sizes import Sizes
 from planner.solve.splits import fits, warm_start
 from planner.solve.types import Split
@@ -105,11 +106,5 @@ def _fitting(
         simulated = simulate(placement)
         if simulated.fits(limits_of(problem, placement)):
             return placement
-        peaks = simulated.peak_bytes
-        units = rank_units(instance, split)
-        margins = [
-            max(0, peak - held * instance.unit_bytes)
-            for peak, held in zip(peaks, units, strict=True)
-        ]
-        instance = with_margin(instance, margins)
+        instance = with_margin(instance, excess_bytes(instance, split, simulated.peak_bytes))
     return None

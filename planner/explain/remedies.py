@@ -183,7 +183,7 @@ class _Search:
     def _own_limit(self) -> int:
         limit, cluster = self.problem.memory_limit_bytes, self.problem.cluster
         devices = (host.device for host in cluster.hosts)
-        return limit or min(device.memory_bytes - device.reserved_bytes for device in devices)
+        return limit or min(device.usable_bytes for device in devices)
 
     def _with_memory(self, num_bytes: int, among: int) -> Remedy | None:
         """With so much per device, rounded up to what words can say."""

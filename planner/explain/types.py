@@ -50,7 +50,7 @@ def limits_of(problem: Problem, placement: Placement) -> tuple[int, ...]:
     found = []
     for rank in range(placement.num_pipeline_ranks):
         devices = map(problem.cluster.device, placement.grid.replicas_of(rank))
-        found.append(min(device.memory_bytes - device.reserved_bytes for device in devices))
+        found.append(min(device.usable_bytes for device in devices))
     return tuple(found)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from planner.errors import UsageError
-from planner.export.files import read_text, write_text
+from planner.files import read_text, write_text
 from planner.plan.file import print_plan
 from planner.plan.types import Plan, PlanOptions
 from planner.timeline import Event, Timeline

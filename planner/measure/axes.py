@@ -6,7 +6,6 @@ projection) are tied. An axis that some operator needs in one piece is whole, an
 tied to it. This module knows sizes. It does not know operators or ranks.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 __all__ = ["Axes", "Dim"]
@@ -115,10 +114,6 @@ class Axes:
                 missing //= self._size[axis]
             found.append(dim)
         return found
-
-    def common_size(self, group: int, axes: Iterable[int]) -> int:
-        """The greatest common divisor of the sizes of those axes that are split with `group`."""
-        return math.gcd(*(self.size(axis) for axis in axes if self.group(axis) == group))
 
     def _whole(self, size: int) -> Dim:
         dim = self.new(size)

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from planner.errors import UsageError
-from planner.files import write_whole
+from planner.files import write_text
 from planner.measure.clock import Seconds
 from planner.measure.measured import MeasuredLayer, MeasuredModel, MeasuredSize
 
@@ -110,13 +110,7 @@ def write_profile(measured: MeasuredModel, path: str | Path) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    path = Path(path)
-    try:
-        write_whole(path, print_profile(measured).encode())
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror}", hint="give another path with --output"
-        ) from None
+    write_text(path, print_profile(measured), hint="give another path with --output")
 
 
 def _check_form(text: str, source: str) -> None:

@@ -63,7 +63,7 @@ def predict(
     plan = lower(part, timed, seen, placement, PlanOptions(optimizer_slots=optimizer_slots))
     simulation = simulate(plan)
     memory = with_compute_copies(simulation.memory, plan, part, precision)
-    limits = [d.memory_bytes - d.reserved_bytes for d in map(seen.device, range(plan.world_size))]
+    limits = [d.usable_bytes for d in map(seen.device, range(plan.world_size))]
     return Predicted(
         configuration=configuration,
         boundaries=placement.boundaries,

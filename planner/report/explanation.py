@@ -11,6 +11,7 @@ from planner.explain.comparison import Side
 from planner.explain.explanation import Explanation, Loss, Verdict
 from planner.explain.shares import Bottleneck, Shares
 from planner.explain.types import Resolved
+from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, seconds_text
 from planner.solve import Placement
 
@@ -20,7 +21,6 @@ __all__ = [
     "families_table",
     "offers_table",
     "placement_text",
-    "plain_table",
     "sides_table",
 ]
 
@@ -103,9 +103,7 @@ def _demands(placement: Placement) -> str:
 
 def offers_table(offers: Sequence[Resolved], step_seconds: float) -> Table:
     """A row per change: what it would buy, solved again."""
-    table = plain_table("what more would buy, solved again", ["change"])
-    for name in ("step", "gain"):
-        table.add_column(name, justify="right")
+    table = plain_table("what more would buy, solved again", ["change"], ["step", "gain"])
     table.add_column("plan")
     for offer in offers:
         if offer.placement is None or offer.step_seconds is None:
@@ -121,9 +119,7 @@ def offers_table(offers: Sequence[Resolved], step_seconds: float) -> Table:
 
 def families_table(verdicts: Sequence[Verdict], step_seconds: float) -> Table:
     """A row per family: its best plan, and why it lost."""
-    table = plain_table("the best plan of each family", ["family"])
-    for name in ("step", "ratio"):
-        table.add_column(name, justify="right")
+    table = plain_table("the best plan of each family", ["family"], ["step", "ratio"])
     table.add_column("its best plan")
     table.add_column("why not")
     axis = None
@@ -147,23 +143,11 @@ def families_table(verdicts: Sequence[Verdict], step_seconds: float) -> Table:
 
 def sides_table(title: str, sides: Mapping[str, Side]) -> Table:
     """Plans side by side: a column per plan, by its name."""
-    table = plain_table(title, [""])
-    for name in sides:
-        table.add_column(name, justify="right")
+    table = plain_table(title, [""], [*sides])
     rows = [_side_rows(side) for side in sides.values()]
     for label in rows[0]:
         values = [row[label] for row in rows]
         table.add_row(label, *values, style="" if len(set(values)) > 1 else "dim")
-    return table
-
-
-def plain_table(title: str, columns: Sequence[str]) -> Table:
-    """A table without lines, columns of words."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)
-    )
-    for name in columns:
-        table.add_column(name)
     return table
 
 

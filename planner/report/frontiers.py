@@ -11,7 +11,8 @@ from html import escape
 from rich.table import Table
 
 from planner.explain.frontier import Point
-from planner.report.explanation import placement_text, plain_table
+from planner.report.explanation import placement_text
+from planner.report.plain import plain_table
 from planner.report.plot import Curve, plot_svg
 from planner.report.quantities import bytes_text, seconds_text
 
@@ -27,9 +28,7 @@ __all__ = [
 
 def frontier_table(title: str, points: Sequence[Point]) -> Table:
     """A row per point, in the order given."""
-    table = plain_table(title, [])
-    for name in ("devices", "fullest rank", "step", "device time"):
-        table.add_column(name, justify="right")
+    table = plain_table(title, [], ["devices", "fullest rank", "step", "device time"])
     table.add_column("plan")
     for point in points:
         table.add_row(

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from rich.table import Table
 
 from planner.plan.types import Opcode, Plan
+from planner.report.plain import plain_table
 from planner.report.quantities import seconds_text
 from planner.timeline import Timeline
 
@@ -21,16 +22,9 @@ def measured_table(plan: Plan, planned: Timeline, measured: Timeline) -> Table:
     A measured transfer or collective counts from its start to its end in the rank's own program,
     which may hold no more than the call that starts it.
     """
-    table = Table(
-        title="predicted and measured, all pipeline ranks together",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("instruction")
-    for name in ("count", "predicted", "measured", "ratio"):
-        table.add_column(name, justify="right")
+    title = "predicted and measured, all pipeline ranks together"
+    numbers = ["count", "predicted", "measured", "ratio"]
+    table = plain_table(title, ["instruction"], numbers)
     counts = Counter(i.opcode for program in plan.programs for i in program)
     predicted_seconds, measured_seconds = _sums(plan, planned), _sums(plan, measured)
     for opcode in Opcode:

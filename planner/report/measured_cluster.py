@@ -7,6 +7,7 @@ from rich.table import Table
 
 from planner.cluster.schema import ClusterFile, DeviceSpec, HostSpec, LinkSpec
 from planner.cost.algorithm import measured_collectives, predicted_seconds
+from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, seconds_text
 
 __all__ = ["cluster_tables"]
@@ -23,9 +24,8 @@ def cluster_tables(file: ClusterFile) -> list[Table]:
 
 
 def _devices(file: ClusterFile) -> Table:
-    table = _table("hosts", ["host", "devices"])
     numbers = ["peak, best dtype", "reached", "memory", "memory rate", "reached", "per kernel"]
-    _add_numbers(table, [*numbers, "per message"])
+    table = plain_table("hosts", ["host", "devices"], [*numbers, "per message"])
     for index, host in enumerate(file.hosts):
         device = host.device
         if isinstance(device, DeviceSpec):
@@ -47,8 +47,7 @@ def _device_cells(device: DeviceSpec) -> list[str]:
 
 
 def _links(file: ClusterFile) -> Table:
-    table = _table("links", ["link", "between"])
-    _add_numbers(table, ["latency", "bandwidth"])
+    table = plain_table("links", ["link", "between"], ["latency", "bandwidth"])
     for column in ("both ways at once", "where from"):
         table.add_column(column)
     inside = {_key(host): host.link for host in file.hosts}
@@ -70,8 +69,11 @@ def _links(file: ClusterFile) -> Table:
 
 def _samples(file: ClusterFile) -> Table:
     assert file.measured is not None
-    table = _table("transfers and collectives", ["operation", "where"])
-    _add_numbers(table, ["ranks", "bytes", "time", "spread", "rate", "links predict"])
+    table = plain_table(
+        "transfers and collectives",
+        ["operation", "where"],
+        ["ranks", "bytes", "time", "spread", "rate", "links predict"],
+    )
     # Identical keys cannot occur twice, so the predictions are found again by them.
     predicted = {
         (c.operation, c.num_members, c.num_bytes, c.seconds): predicted_seconds(c, file.collectives)
@@ -94,8 +96,11 @@ def _samples(file: ClusterFile) -> Table:
 
 def _overlaps(file: ClusterFile) -> Table:
     assert file.measured is not None
-    table = _table("beside a computation as long as the operation", ["operation", "where"])
-    _add_numbers(table, ["ranks", "bytes", "hidden", "computation slower by"])
+    table = plain_table(
+        "beside a computation as long as the operation",
+        ["operation", "where"],
+        ["ranks", "bytes", "hidden", "computation slower by"],
+    )
     for overlap in file.measured.overlaps:
         table.add_row(
             overlap.operation,
@@ -110,17 +115,3 @@ def _overlaps(file: ClusterFile) -> Table:
 
 def _key(host: HostSpec) -> str:
     return host.link if isinstance(host.link, str) else host.link.name if host.link else ""
-
-
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)
-    )
-    for name in columns:
-        table.add_column(name)
-    return table
-
-
-def _add_numbers(table: Table, columns: list[str]) -> None:
-    for name in columns:
-        table.add_column(name, justify="right")

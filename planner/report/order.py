@@ -6,6 +6,7 @@ This module knows what is worth a column. It computes nothing.
 from rich.table import Table
 
 from planner.order import OrderFound
+from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, seconds_text
 
 __all__ = ["order_line", "order_table"]
@@ -24,16 +25,8 @@ def order_line(found: OrderFound) -> str:
 
 def order_table(found: OrderFound) -> Table:
     """A row per order that was simulated, the fastest first."""
-    table = Table(
-        title="orders of compute for this placement",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("order")
-    for name in ("step", "against the best", "memory"):
-        table.add_column(name, justify="right")
+    title = "orders of compute for this placement"
+    table = plain_table(title, ["order"], ["step", "against the best", "memory"])
     table.add_column("")
     for tried in found.tried:
         step = tried.simulation.step_seconds

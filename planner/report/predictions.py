@@ -11,6 +11,7 @@ from dataclasses import fields
 from rich.table import Table
 
 from planner.predict import Breakdown, Configuration, Predicted
+from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, seconds_text
 from planner.simulate.types import MemoryByClass
 
@@ -39,7 +40,7 @@ def configuration_lines(found: Predicted) -> list[str]:
 
 def breakdown_table(found: Predicted) -> Table:
     """A row per part of a step."""
-    table = _table(["of a step, mean over ranks"], ["seconds", "share"])
+    table = plain_table(None, ["of a step, mean over ranks"], ["seconds", "share"])
     for field in fields(Breakdown):
         seconds = getattr(found.breakdown, field.name)
         name = field.name.removesuffix("_seconds")
@@ -51,7 +52,7 @@ def device_memory_table(found: Predicted) -> Table:
     """A row per pipeline rank: each of its devices at its worst moment, by class."""
     names = [field.name for field in fields(MemoryByClass)]
     heads = [name.replace("_", " ") for name in names]
-    table = _table(["memory per device, rank"], [*heads, "total", "of limit"])
+    table = plain_table(None, ["memory per device, rank"], [*heads, "total", "of limit"])
     for rank, moment in enumerate(found.memory):
         parts = [bytes_text(getattr(moment, name)) for name in names]
         share = f"{moment.total_bytes / found.memory_limit_bytes:.1%}"
@@ -61,7 +62,8 @@ def device_memory_table(found: Predicted) -> Table:
 
 def comparison_table(predictions: Sequence[Predicted]) -> Table:
     """A row per prediction, in the order given; shares are of its own step."""
-    table = _table(
+    table = plain_table(
+        None,
         ["tensor", "pipeline", "replicas", "stages", "batch", "schedule", "recompute", "partition"],
         ["step", "compute", "tensor", "exposed", "idle", "memory"],
     )
@@ -115,12 +117,3 @@ def predictions_csv(predictions: Sequence[Predicted]) -> str:
             ]
         )
     return text.getvalue()
-
-
-def _table(words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in words:
-        table.add_column(name)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from planner.check import Report
 from planner.plan.types import Opcode, Plan
+from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, count_text, seconds_text
 from planner.simulate import Simulation
 from planner.solve.types import Candidate, Solution
@@ -54,8 +55,11 @@ def _layout_words(plan: Plan) -> str:
 
 def placement_table(plan: Plan) -> Table:
     """A row per stage: where it runs, what it holds, what one micro-batch costs."""
-    table = _table("placement", ["stage", "rank", "layers", "recompute"])
-    _add_numbers(table, ["forward", "backward", "weights", "saved"])
+    table = plain_table(
+        "placement",
+        ["stage", "rank", "layers", "recompute"],
+        ["forward", "backward", "weights", "saved"],
+    )
     sizes = {p.name: p.num_bytes for p in plan.parameters}
     units = {unit.name: sum(sizes[name] for name in unit.parameters) for unit in plan.units}
     for stage in plan.stages:
@@ -77,12 +81,12 @@ def placement_table(plan: Plan) -> Table:
 def memory_table(plan: Plan, simulation: Simulation) -> Table:
     """A row per pipeline rank: its worst moment by class, against the limit."""
     limit = plan.prediction.memory_limit_bytes if plan.prediction else None
-    table = _table("memory per device at its worst moment", ["rank"])
     names = (
         "weights", "gradients", "optimizer", "stored_inputs", "activations", "buffers", "transient"
     )  # fmt: skip
     heads = ["weights", "gradients", "optimizer", "inputs", "saved", "buffers", "work"]
-    _add_numbers(table, [*heads, "total", "limit"])
+    title = "memory per device at its worst moment"
+    table = plain_table(title, ["rank"], [*heads, "total", "limit"])
     for rank, moment in enumerate(simulation.memory):
         share = "-" if not limit else f"{moment.total_bytes / limit:.1%}"
         parts = [bytes_text(getattr(moment, name)) for name in names]
@@ -94,8 +98,7 @@ def program_counts(plan: Plan) -> Table:
     """A row per pipeline rank: how many instructions of each kind."""
     used = {i.opcode for program in plan.programs for i in program}
     opcodes = [opcode for opcode in Opcode if opcode in used]
-    table = _table("instructions per step", ["rank"])
-    _add_numbers(table, [opcode.value for opcode in opcodes])
+    table = plain_table("instructions per step", ["rank"], [opcode.value for opcode in opcodes])
     for rank, program in enumerate(plan.programs):
         counts = Counter(instruction.opcode for instruction in program)
         table.add_row(str(rank), *(str(counts[opcode]) for opcode in opcodes))
@@ -141,7 +144,7 @@ def candidate_table(solution: Solution) -> Table:
     """The rejected choices that came nearest, and why each was rejected."""
     rejected = [candidate for candidate in solution.candidates if candidate.verdict != "best"]
     rejected.sort(key=_promise)
-    table = _table(
+    table = plain_table(
         f"rejected: {len(rejected)} choices, the nearest first",
         [
             "mesh x loops", "batch", "partition", "recompute", "offload", "buffers", "bound",
@@ -167,7 +170,7 @@ def candidate_table(solution: Solution) -> Table:
 
 def rules_table(report: Report) -> Table:
     """A row per rule."""
-    table = _table("rules", ["", "what is proved", "verdict"])
+    table = plain_table("rules", ["", "what is proved", "verdict"])
     for verdict in report.verdicts:
         words = "[green]holds[/]" if verdict.passed else "[red]BROKEN[/]"
         table.add_row(
@@ -188,20 +191,6 @@ _REASONS = {
     "bounded": "bound is slower",
     "estimated": "estimate is slower",
 }
-
-
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0)
-    )
-    for name in columns:
-        table.add_column(name)
-    return table
-
-
-def _add_numbers(table: Table, columns: list[str]) -> None:
-    for name in columns:
-        table.add_column(name, justify="right")
 
 
 def _promise(candidate: Candidate) -> tuple[bool, bool, float]:

@@ -239,7 +239,7 @@ class Branches:
         """Of the roomiest device."""
         if self.problem.memory_limit_bytes is not None:
             return float(self.problem.memory_limit_bytes)
-        return float(max(d.memory_bytes - d.reserved_bytes for d in self.rates.devices))
+        return float(max(d.usable_bytes for d in self.rates.devices))
 
     def _bandwidth(self, replicas: int) -> float:
         """Bytes per second of the quickest group of so many replicas."""

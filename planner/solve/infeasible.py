@@ -23,6 +23,7 @@ __all__ = [
     "MAX_TRIES",
     "SEARCH_EFFORT",
     "by_headroom",
+    "excess_bytes",
     "explain",
     "format_bytes",
     "lean_split",
@@ -66,12 +67,13 @@ def leaner(problem: Problem, choices: Sequence[Choice]) -> list[Choice]:
     return [choice for choice in dict.fromkeys(lean) if choice not in known]
 
 
-def explain(builder: Builder, instances: Sequence[Instance], margin_bytes: int) -> InfeasibleError:
-    """The nearest miss by class of bytes.
+def explain(
+    builder: Builder, instance: Instance, split: Split, margin_bytes: int
+) -> InfeasibleError:
+    """The nearest miss, `split`, by class of bytes.
 
     `margin_bytes` is what the simulator found on a rank beyond the memory model.
     """
-    instance, split = lean_splits(builder, instances)[0]
     choice = instance.choice
     excess = [
         units - limit
@@ -135,6 +137,15 @@ def _tried(instances: Sequence[Instance]) -> list[tuple[Instance, Split]]:
 
 def _overflow_bytes(instance: Instance, split: Split) -> int:
     return overflow_units(instance, split)[0] * instance.unit_bytes
+
+
+def excess_bytes(instance: Instance, split: Split, peak_bytes: Sequence[int]) -> list[int]:
+    """What each rank's simulated peak has beyond the memory model's."""
+    units = rank_units(instance, split)
+    return [
+        max(0, peak - held * instance.unit_bytes)
+        for peak, held in zip(peak_bytes, units, strict=True)
+    ]
 
 
 def with_margin(instance: Instance, margin_bytes: Sequence[int]) -> Instance:

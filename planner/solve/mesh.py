@@ -75,7 +75,7 @@ class Ground:
         )
         self._limits = np.array(
             [
-                host.device.memory_bytes - host.device.reserved_bytes
+                host.device.usable_bytes
                 if self.memory_limit_bytes is None
                 else self.memory_limit_bytes
                 for host in hosts

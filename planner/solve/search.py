@@ -8,15 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from planner.errors import InfeasibleError
 from planner.solve.bounds import least_step_ticks
 from planner.solve.branch import Branches, Node
 from planner.solve.build import Builder
 from planner.solve.choices import Choice, check_problem, mesh_groups
 from planner.solve.entry import Clock, placement_of
 from planner.solve.exact import CAREFUL, is_chain, is_small, ranked
-from planner.solve.infeasible import explain, lean_splits, with_margin
-from planner.solve.instance import Instance, rank_units, step_ticks
+from planner.solve.infeasible import excess_bytes, explain, lean_splits, with_margin
+from planner.solve.instance import Instance, step_ticks
 from planner.solve.problem import Problem, Simulated
 from planner.solve.rates import Rates
 from planner.solve.recompute import choose_recompute
@@ -73,11 +72,7 @@ def solve(
     search.branch(space)
     if is_small(problem, space, num_layers):
         search.go_through(space)
-    if search.best is None:
-        search.rescue()
-    if search.best is None:
-        raise search.failure()
-    return search.solution(search.best)
+    return search.solution(search.best or search.rescue())
 
 
 @dataclass(kw_only=True)
@@ -187,12 +182,7 @@ class _Search:
     def _correct(self, trial: Trial, simulated: Simulated) -> None:
         assert trial.split is not None
         instance = trial.instance
-        margins = [
-            max(0, peak - units * instance.unit_bytes)
-            for peak, units in zip(
-                simulated.peak_bytes, rank_units(instance, trial.split), strict=True
-            )
-        ]
+        margins = excess_bytes(instance, trial.split, simulated.peak_bytes)
         self.margin_bytes = max(self.margin_bytes, *margins)
         trial.instance = with_margin(instance, margins)
         trial.split, trial.objective_seconds = None, math.inf
@@ -265,22 +255,23 @@ class _Search:
             best.objective_seconds = step_ticks(best.instance, split) * best.instance.tick_seconds
         return simulated.step_seconds
 
-    def rescue(self) -> None:
-        """Where nothing has been found: the splits that need least memory, until one fits."""
+    def rescue(self) -> Trial:
+        """Where nothing has been found: of the splits that need least memory, the first that fits.
+
+        Raises InfeasibleError, with the nearest miss, where none does.
+        """
         self.sizes.raise_if_all_refused()
-        for instance, split in lean_splits(self.builder, self._instances()):
+        lean = lean_splits(self.builder, self._instances())
+        for instance, split in lean:
             if fits(instance, split):
                 bound = least_step_ticks(instance) * instance.tick_seconds
                 trial = Trial(instance=instance, bound_seconds=bound)
                 trial.offer(split)
                 self._simulate(trial)
-                if self.best is not None:
+                if self.best is trial:
                     self.trials.append(trial)
-                    return
-
-    def failure(self) -> InfeasibleError:
-        """Why nothing fits."""
-        return explain(self.builder, self._instances(), self.margin_bytes)
+                    return trial
+        raise explain(self.builder, *lean[0], self.margin_bytes)
 
     def _instances(self) -> list[Instance]:
         """Of the most devices that any choice uses."""
