@@ -13,8 +13,9 @@ from planner.errors import InfeasibleError, UsageError
 from planner.explain.alternating import search_schedule
 from planner.schedules import Schedule
 from planner.solve import Placement, Problem, Progress, Simulated, Solution, solve
+from planner.solve.any_order import any_order_seconds
 
-__all__ = ["OTHER_SCHEDULES", "solve_any"]
+__all__ = ["OTHER_SCHEDULES", "solve_any", "unbounded", "with_bound"]
 
 OTHER_SCHEDULES = (
     Schedule.ONE_F_ONE_B,
@@ -38,7 +39,8 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
     """As `planner.solve.solve`, and where no schedule is demanded, of the fastest one.
 
     Where another schedule than the layered one wins, the objective and the bound are still those of
-    layered plans. Where no layered plan fits, or another schedule is demanded, there is no bound.
+    layered plans. Where no layered plan fits, or another schedule is demanded, they have no bound.
+    `with_bound` gives such answers the bound of every schedule.
 
     Raises as `solve` does, and UsageError if offload is demanded of another schedule.
     """
@@ -46,7 +48,8 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
     if demanded is Schedule.LAYERED:
         return solve(problem, simulate, progress)
     if demanded is not None:
-        return _unbounded(*_under(problem, simulate, demanded), started)
+        placement, seconds = _under(problem, simulate, demanded)
+        return unbounded(placement, seconds, time.monotonic() - started)
     if not _asks_others(problem):
         return solve(problem, simulate, progress)
     limit = problem.time_limit_seconds
@@ -57,7 +60,9 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
         found = _fastest(problem, simulate, (1 - LAYERED_SHARE) * limit)
         if found is None:
             raise
-        return _unbounded(*found, started)
+        return unbounded(*found, time.monotonic() - started)
+    if solution.is_interrupted:
+        return solution
     known = solution.step_seconds
     left = max(limit - solution.solve_seconds, (1 - LAYERED_SHARE) * limit)
     found = _fastest(problem, simulate, left, known)
@@ -65,6 +70,24 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
         return solution
     placement, seconds = found
     return replace(solution, placement=placement, step_seconds=seconds, layered_seconds=known)
+
+
+def with_bound(problem: Problem, solution: Solution, *, halves_backward: bool = False) -> Solution:
+    """The solution with the bound of every schedule, unless it is a layered plan with its own.
+
+    With `halves_backward` the bound covers orders that divide backward, as ZB-H1's; it does so
+    anyway where the solution's is such an order.
+    """
+    placement = solution.placement
+    is_modular = solution.modular_seconds is None
+    if placement.schedule is Schedule.LAYERED and is_modular and solution.bound_seconds:
+        return solution
+    bound = any_order_seconds(
+        problem,
+        halves_backward=halves_backward or placement.schedule is Schedule.ZERO_BUBBLE,
+        profiled=(placement.micro_batch_size,),
+    )
+    return replace(solution, any_order_seconds=min(bound, solution.step_seconds))
 
 
 def _under(problem: Problem, simulate: Simulate, schedule: Schedule) -> tuple[Placement, float]:
@@ -79,13 +102,14 @@ def _under(problem: Problem, simulate: Simulate, schedule: Schedule) -> tuple[Pl
     return search_schedule(problem, simulate, schedule)
 
 
-def _unbounded(placement: Placement, seconds: float, started: float) -> Solution:
+def unbounded(placement: Placement, step_seconds: float, solve_seconds: float) -> Solution:
+    """What was found without the solver's model: no bound of layered plans, no other candidates."""
     return Solution(
         placement=placement,
-        step_seconds=seconds,
-        objective_seconds=seconds,
+        step_seconds=step_seconds,
+        objective_seconds=step_seconds,
         bound_seconds=0.0,
-        solve_seconds=time.monotonic() - started,
+        solve_seconds=solve_seconds,
         uniform_seconds=None,
         greedy_seconds=None,
         candidates=(),

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from planner.errors import InfeasibleError, UsageError
+from planner.explain.changes import ClusterAt
+from planner.explain.remedies import with_remedies
 from planner.graph import LayerGraph
 from planner.pipeline import PlanResult, find_plan
 from planner.prepare import Prepared
@@ -195,13 +197,17 @@ def best_batch(
     prepared: Prepared,
     sizes: Iterable[int],
     progress_of: Callable[[int], Progress | None] = lambda _: None,
+    *,
+    cluster_at: ClusterAt | None = None,
 ) -> tuple[PlanResult, tuple[Tried, ...]]:
     """The plan with the least time per sample, and all that were made; the smaller batch of equals.
 
-    `progress_of` a batch size hears of the search for its plan.
+    `progress_of` a batch size hears of the search for its plan. More devices, for advice where
+    nothing fits, come from `cluster_at`.
 
     Raises:
-        UsageError, InfeasibleError: no size has a plan; the reason of the largest.
+        UsageError, InfeasibleError: no size has a plan; the reason of the smallest, and if it is
+            that nothing fits, what would make it fit.
     """
     tried = []
     error: UsageError | InfeasibleError | None = None
@@ -210,10 +216,19 @@ def best_batch(
             result = find_plan(prepared.with_batch(size), progress_of(size), advise=False)
             tried.append(Tried(global_batch_size=size, result=result))
         except (UsageError, InfeasibleError) as reason:
-            error = reason
+            error = error or reason
             tried.append(Tried(global_batch_size=size, result=None, reason=reason.message))
     best = min(tried, key=lambda one: one.sample_seconds)
     if best.result is None:
         assert error is not None
-        raise error
+        if isinstance(error, UsageError):
+            raise error
+        least = prepared.with_batch(min(one.global_batch_size for one in tried))
+        raise with_remedies(
+            error,
+            least.problem,
+            least.planner_for,
+            cluster_at=cluster_at,
+            time_limit_seconds=least.problem.time_limit_seconds,
+        )
     return best.result, tuple(tried)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from planner.any_schedule import solve_any
+from planner.any_schedule import solve_any, unbounded
 from planner.errors import InfeasibleError
 from planner.explain.alternating import search_schedule
 from planner.explain.types import limits_of
@@ -143,16 +143,7 @@ def _answer(
     is_known = solution is not None and placement == solution.placement
     placement = replace(placement, schedule=order.best.plan.schedule)
     if solution is None:
-        return Solution(
-            placement=placement,
-            step_seconds=order.step_seconds,
-            objective_seconds=order.step_seconds,
-            bound_seconds=0.0,
-            solve_seconds=problem.time_limit_seconds,
-            uniform_seconds=None,
-            greedy_seconds=None,
-            candidates=(),
-        )
+        return unbounded(placement, order.step_seconds, problem.time_limit_seconds)
     known = solution.layered_seconds
     if known is None and solution.placement.schedule is Schedule.LAYERED:
         known = solution.step_seconds

@@ -3,15 +3,18 @@
 This module knows the order of the levels. It does not know what any level does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-from planner.any_schedule import solve_any
+from planner.any_schedule import solve_any, unbounded, with_bound
 from planner.apply_profile import AppliedProfile
 from planner.best_schedule import solve_with_order
 from planner.check import Report, check
 from planner.cluster import Cluster
 from planner.errors import CheckError, InfeasibleError
+from planner.explain.changes import ClusterAt
+from planner.explain.fit import first_fit
 from planner.explain.remedies import with_remedies
 from planner.explain.types import simulator
 from planner.graph import LayerGraph
@@ -24,12 +27,18 @@ from planner.schedules import OrderSearch
 from planner.simulate import Simulation
 from planner.solve import (
     Constraints,
+    Placement,
+    Problem,
     Progress,
+    Simulated,
     Solution,
     best_order,
 )
 
 __all__ = ["PlanResult", "find_plan", "make_plan"]
+
+LAST_SHARE = 1 / 4
+"""Of the time limit, for a plan that the search has missed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +102,16 @@ def make_plan(
 
 
 def find_plan(
-    prepared: Prepared, progress: Progress | None = None, *, advise: bool = True
+    prepared: Prepared,
+    progress: Progress | None = None,
+    *,
+    advise: bool = True,
+    cluster_at: ClusterAt | None = None,
 ) -> PlanResult:
     """Solve, lower and simulate, and prove the winner's plan. `progress` hears of the search.
 
-    Where nothing fits, `advise` searches as long again for changes under which something would.
+    Where nothing fits, `advise` searches as long again for changes under which something would;
+    more devices come from `cluster_at`, else from more hosts like the largest.
 
     Raises:
         UsageError: the demands contradict each other, the model or the cluster.
@@ -116,23 +130,33 @@ def find_plan(
     except InfeasibleError as error:
         if not advise:
             raise
-        limit = problem.time_limit_seconds
-        planner_for = prepared.planner_for
-        raise with_remedies(error, problem, planner_for, time_limit_seconds=limit) from None
+        found = None if prepared.order is not None else _any_fit(problem, simulator(lowered))
+        if found is None:
+            raise with_remedies(
+                error,
+                problem,
+                prepared.planner_for,
+                cluster_at=cluster_at,
+                time_limit_seconds=problem.time_limit_seconds,
+            ) from None
+        solution = found
     if not prepared.foresees(solution.placement.micro_batch_size):
         assert prepared.traced is not None
-        return find_plan(prepared.traced, progress, advise=advise)
+        return find_plan(prepared.traced, progress, advise=advise, cluster_at=cluster_at)
     if searched is not None:
         plan, simulation = searched.order.best.plan, searched.order.best.simulation
     else:
-        problem, solution = best_order(
-            problem, solution, solve_any, lambda other: simulator(prepared.planner_for(other))
-        )
+        if not solution.is_interrupted:
+            problem, solution = best_order(
+                problem, solution, solve_any, lambda other: simulator(prepared.planner_for(other))
+            )
         if problem is not prepared.problem:
             prepared = replace(prepared, problem=problem)
             lowered = cache(prepared.lowered)
         plan, simulation = lowered(solution.placement)
-    bound = 0.0 if solution.layered_seconds is not None else solution.bound_seconds
+    halves = prepared.order is OrderSearch.BEST
+    solution = with_bound(problem, solution, halves_backward=halves)
+    bound = solution.any_order_seconds or solution.bound_seconds
     plan = replace(plan, prediction=_prediction(prepared, plan, simulation, bound))
     return PlanResult(
         plan=plan,
@@ -143,6 +167,17 @@ def find_plan(
         prepared=prepared,
         order=None if searched is None else searched.order,
     )
+
+
+def _any_fit(problem: Problem, simulate: Callable[[Placement], Simulated]) -> Solution | None:
+    """Where a search has found nothing: any plan at all, so that advice is given only where one
+    is needed."""
+    limit = LAST_SHARE * problem.time_limit_seconds
+    placement = first_fit(problem, simulate, time_limit_seconds=limit)
+    if placement is None:
+        return None
+    spent = (1 + LAST_SHARE) * problem.time_limit_seconds
+    return unbounded(placement, simulate(placement).step_seconds, spent)
 
 
 def _prediction(

@@ -1,5 +1,8 @@
-"""The runtime: executes a plan. `Executor` runs one rank's part of it."""
+"""The runtime executes a plan. `connect` joins its ranks; `Executor` runs one rank's part."""
 
+from runtime.checkpoint import CheckpointInfo
+from runtime.connect import connect
 from runtime.executor import Executor, StepResult
+from runtime.hooks import GradientPart, Gradients
 
-__all__ = ["Executor", "StepResult"]
+__all__ = ["CheckpointInfo", "Executor", "GradientPart", "Gradients", "StepResult", "connect"]

@@ -6,6 +6,7 @@ conflicts with one of its buffers waits for it.
 
 import queue
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -13,26 +14,24 @@ from torch import Tensor
 from planner.plan.types import Instruction
 from runtime.transport import Pending
 
-__all__ = ["Buffers", "Sends"]
+__all__ = ["MOST_KEPT_BYTES", "Buffers", "Sends"]
+
+MOST_KEPT_BYTES = 1 << 12
+"""Of tensors that are kept until the step ends rather than freed once they have left."""
 
 
-class Buffers:
+class Buffers(dict[str, Any]):
     """Values by buffer name."""
 
     def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
+        super().__init__()
         self._writing: dict[str, Pending] = {}
         self._reading: dict[str, list[Pending]] = {}
 
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._values[name] = value
-
-    def drop(self, name: str) -> None:
-        """Let go of what a buffer holds, if anything."""
-        self._values.pop(name, None)
+    def drop(self, names: Iterable[str]) -> None:
+        """Let go of what the buffers hold, if anything."""
+        for name in names:
+            self.pop(name, None)
 
     def pending(self, instruction: Instruction, pending: Pending) -> None:
         """The instruction's buffers are in use until `pending` is over."""
@@ -41,13 +40,13 @@ class Buffers:
         for name in instruction.writes:
             self._writing[name] = pending
 
-    def settle(self, instruction: Instruction) -> None:
-        """Wait for everything that conflicts with the instruction's buffers."""
-        for name in (*instruction.reads, *instruction.writes):
+    def settle(self, written: Iterable[str], read: Iterable[str]) -> None:
+        """Wait for what still arrives in buffers of `written`, and leaves those of `read`."""
+        for name in written:
             pending = self._writing.pop(name, None)
             if pending is not None:
                 pending.wait()
-        for name in instruction.writes:
+        for name in read:
             for pending in self._reading.pop(name, ()):
                 pending.wait()
 
@@ -66,12 +65,16 @@ class Sends:
     """Keeps each tensor on its way alive until it has left, and no longer.
 
     A thread waits for the sends in order, because a gloo send is over only once it is waited for.
+    It is not woken for a few small tensors, which would cost more than they hold: they are kept.
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Pending, Tensor] | None] = queue.SimpleQueue()
+        self._kept: list[tuple[Pending, Tensor]] = []
+        self._kept_bytes = 0
+        self._queue: queue.SimpleQueue[list[tuple[Pending, Tensor]] | None] = queue.SimpleQueue()
         self._done = threading.Condition()
         self._outstanding = 0
+        """Lists that the thread has not gone through."""
         self._error: BaseException | None = None
         threading.Thread(target=self._drain, name="sends", daemon=True).start()
 
@@ -81,32 +84,38 @@ class Sends:
         Raises:
             RunError: an earlier send failed.
         """
-        self._raise()
-        with self._done:
-            self._outstanding += 1
-        self._queue.put((pending, tensor))
+        if self._error is not None:
+            raise self._error
+        self._kept.append((pending, tensor))
+        self._kept_bytes += tensor.nbytes
+        if self._kept_bytes > MOST_KEPT_BYTES:
+            with self._done:
+                self._outstanding += 1
+            self._queue.put(self._kept)
+            self._kept, self._kept_bytes = [], 0
 
     def wait(self) -> None:
         """Block until all have left (each send has the plan's deadline)."""
         with self._done:
             self._done.wait_for(lambda: not self._outstanding or self._error)
-        self._raise()
+        if self._error is not None:
+            raise self._error
+        for pending, _ in self._kept:
+            pending.wait()
+        self._kept, self._kept_bytes = [], 0
 
     def close(self) -> None:
         """End the thread."""
         self._queue.put(None)
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
     def _drain(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (items := self._queue.get()) is not None:
             try:
-                item[0].wait()
+                while items:
+                    items[0][0].wait()
+                    del items[0]
             except BaseException as error:
                 self._error = error
-            item = None
             with self._done:
                 self._outstanding -= 1
                 self._done.notify_all()

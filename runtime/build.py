@@ -40,5 +40,6 @@ def make_executor(
         loss_fn=model_file.loss_fn,
         build_optimizer=model_file.build_optimizer or default_optimizer,
         build_scheduler=model_file.build_scheduler,
+        loss_weight=model_file.loss_weight,
         device=device,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from planner.errors import PlanFileError
-from planner.plan.code import Statement, references
+from planner.plan.code import Reference, Statement, references
 from planner.plan.meaning import fill, function_of, template_of
 from runtime.random import KeyedRandom
 
@@ -40,6 +40,8 @@ class _Call:
     evaluation_arguments: tuple[Any, ...]
     """As `arguments` and `keywords`, with what acts in training only switched off."""
     evaluation_keywords: dict[str, Any]
+    reads: tuple[str, ...] | None
+    """Where all arguments are values: their names."""
 
 
 class StageProgram:
@@ -85,12 +87,15 @@ class StageProgram:
         for call in self._calls:
             if call.first_random_operator is not None:
                 self._random.seek(call.first_random_operator)
-            arguments = call.arguments if training else call.evaluation_arguments
-            keywords = call.keywords if training else call.evaluation_keywords
-            values[call.target] = call.function(
-                *[fill(argument, values) for argument in arguments],
-                **{key: fill(value, values) for key, value in keywords.items()},
-            )
+            if call.reads is not None:
+                values[call.target] = call.function(*[values[name] for name in call.reads])
+            else:
+                arguments = call.arguments if training else call.evaluation_arguments
+                keywords = call.keywords if training else call.evaluation_keywords
+                values[call.target] = call.function(
+                    *[fill(argument, values) for argument in arguments],
+                    **{key: fill(value, values) for key, value in keywords.items()},
+                )
             for name in call.dead:
                 del values[name]
         self.batch = {}
@@ -108,6 +113,8 @@ class StageProgram:
         arguments = tuple(template_of(a, self.device) for a in statement.arguments)
         keywords = {key: template_of(value, self.device) for key, value in statement.keywords}
         evaluation_arguments, evaluation_keywords = _for_evaluation(function, arguments, keywords)
+        references = [a.name for a in arguments if isinstance(a, Reference)]
+        are_values = len(references) == len(arguments) and not keywords
         return _Call(
             target=statement.target,
             function=function,
@@ -119,6 +126,7 @@ class StageProgram:
                 statement.first_random_operator if statement.num_random_operators else None
             ),
             dead=dead,
+            reads=tuple(references) if are_values else None,
         )
 
 

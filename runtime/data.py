@@ -5,6 +5,7 @@ layout changes them. Every pipeline rank of a replica draws the same batch.
 """
 
 from collections.abc import Mapping, Sized
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -16,18 +17,41 @@ from planner.model_file import ModelFile
 from planner.plan.types import Plan
 from runtime.random import key_of, seeded
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "Position", "position_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where the data stands before a step."""
+
+    step: int = 0
+    epoch: int = 0
+    """Times that the dataset was gone through; 0 where batches are random."""
+    sample: int = 0
+    """Samples taken in this epoch."""
+
+
+def position_of(values: Mapping[str, Any]) -> Position:
+    """From the values that a checkpoint keeps; the start where it was saved with others."""
+    names = {field.name for field in fields(Position)}
+    return Position(**values) if values.keys() == names else Position()
 
 
 class Batches:
     """The batch of every step and replica."""
 
-    def __init__(self, model_file: ModelFile, plan: Plan) -> None:
+    def __init__(self, model_file: ModelFile, plan: Plan, start: Position | None = None) -> None:
         """
+        Args:
+            model_file: whose dataset or random batches they are.
+            plan: which says how many samples a step takes, and the seed.
+            start: where an earlier run stopped, whatever number of samples its steps took.
+
         Raises:
             ModelFileError: the dataset has no length, or fewer samples than a global batch.
         """
         self._plan = plan
+        self._start = start or Position()
         self._example_batch = model_file.example_batch
         self._dataset: Dataset[Any] | None = None
         if model_file.build_dataset is not None:
@@ -47,12 +71,23 @@ class Batches:
             key = key_of(plan.options.seed, step, replica)
             with seeded(key, torch.device("cpu")):
                 return self._example_batch(plan.replica_batch_size)
-        steps_per_epoch = self._length // plan.global_batch_size
-        epoch, position = divmod(step, steps_per_epoch)
-        first = position * plan.global_batch_size + replica * plan.replica_batch_size
-        indices = self._order(epoch)[first : first + plan.replica_batch_size].tolist()
+        position = self.position(step)
+        first = position.sample + replica * plan.replica_batch_size
+        indices = self._order(position.epoch)[first : first + plan.replica_batch_size].tolist()
         samples = [self._dataset[index] for index in indices]
         return cast(dict[str, Tensor], default_collate(samples))
+
+    def position(self, step: int) -> Position:
+        """Where the data stands before a step that comes at or after the start."""
+        if self._dataset is None:
+            return Position(step=step)
+        start, size = self._start, self._plan.global_batch_size
+        steps = step - start.step
+        left = max(0, self._length - start.sample) // size
+        if steps < left:
+            return Position(step=step, epoch=start.epoch, sample=start.sample + steps * size)
+        epochs, place = divmod(steps - left, self._length // size)
+        return Position(step=step, epoch=start.epoch + 1 + epochs, sample=place * size)
 
     def _order(self, epoch: int) -> Tensor:
         """The order of all samples in an epoch; the rest that fills no batch is left out."""

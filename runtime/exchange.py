@@ -65,6 +65,9 @@ class ExchangeTransport(ABC):
         self._rank = world_rank
         self._replicas = tuple(grid.replicas_of(self._pipeline_rank))
         self._workers: dict[Channel, _Worker] = {}
+        self._ways_to: dict[int, tuple[int, Wire]] = {}
+        """By pipeline rank: world rank, and the open wire of this direction."""
+        self._ways_from: dict[int, tuple[int, Wire]] = {}
 
     @abstractmethod
     def _wire(self, channel: Channel) -> Wire:
@@ -73,13 +76,19 @@ class ExchangeTransport(ABC):
     def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
         _check(tensor)
         self.traffic.add("send", tensor.nbytes)
-        other = self._world_rank(peer)
-        return self._wire(Channel("pair", (self._rank, other))).send(other, tensor, what)
+        if peer not in self._ways_to:
+            other = self._world_rank(peer)
+            self._ways_to[peer] = other, self._wire(Channel("pair", (self._rank, other)))
+        other, wire = self._ways_to[peer]
+        return wire.send(other, tensor, what)
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
         _check(tensor)
-        other = self._world_rank(peer)
-        return self._wire(Channel("pair", (other, self._rank))).receive(other, tensor, what)
+        if peer not in self._ways_from:
+            other = self._world_rank(peer)
+            self._ways_from[peer] = other, self._wire(Channel("pair", (other, self._rank)))
+        other, wire = self._ways_from[peer]
+        return wire.receive(other, tensor, what)
 
     def gather(self, shard: Tensor, output: Tensor, what: str) -> Pending:
         _check(shard, output)

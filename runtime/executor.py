@@ -7,24 +7,27 @@ the first instruction that conflicts with their buffers.
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from planner.errors import RunError, UsageError
+from planner.errors import UsageError
+from planner.plan.names import kind_of
 from planner.plan.types import Opcode, Plan
 from planner.schedules import Schedule
 from planner.timeline import Event, Timeline
 from runtime.code import LossFunction
-from runtime.handlers import HANDLERS
-from runtime.host import Checkpoint
-from runtime.inputs import check_batch
+from runtime.gathering import gather_objects
+from runtime.handlers import HANDLERS, Action
+from runtime.inputs import check_batch, replica_part
+from runtime.loss_weights import LossWeight, LossWeights, weighted_mean
 from runtime.optimize import BuildOptimizer, BuildScheduler, default_optimizer
 from runtime.program import Program
-from runtime.shards import UnitState
-from runtime.state import GradientObserver, RankState
-from runtime.transport import Traffic, Transport
+from runtime.state import RankState
+from runtime.surface import TrainingState
+from runtime.transport import Transport
 
 __all__ = ["Executor", "StepResult"]
 
@@ -35,21 +38,59 @@ class StepResult:
 
     losses: tuple[Tensor, ...]
     """Loss of each micro-batch of this replica; empty on ranks without the last stage."""
-    timeline: Timeline
-    """Measured, in this rank's clock from the start of the step."""
+    rank: int
+    """Pipeline rank."""
+    moments: tuple[float, ...]
+    """Seconds of this rank's clock: the start of the step, then start and end of each
+    instruction."""
     finite: bool | None = None
     """Whether every gradient on every rank was finite; if not, nothing was updated anywhere. None
     where the plan does not check it."""
+    not_finite: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Where it was not: parameter -> the world ranks whose part of its gradient was not, on every
+    rank alike."""
     gradient_norm: float | None = None
     """Of the whole model, before clipping; None where the plan does not clip."""
+
+    weights: tuple[float, ...] = ()
+    """Of each micro-batch in the step's loss, where the user weighs them."""
+    learning_rate: float | None = None
+    """That this step's update used, of the rank's first parameter group; None where the rank
+    trains nothing, and of an evaluation."""
 
     @property
     def loss(self) -> float | None:
         """Mean over this replica's micro-batches, None where the last stage is elsewhere."""
-        return float(torch.stack(self.losses).mean()) if self.losses else None
+        return weighted_mean(self.losses, self.weights) if self.losses else None
+
+    @property
+    def timeline(self) -> Timeline:
+        """Measured, from the start of the step."""
+        origin, *moments = self.moments
+        pairs = zip(moments[::2], moments[1::2], strict=True)
+        events = (
+            Event(rank=self.rank, index=i, start_seconds=start - origin, end_seconds=end - origin)
+            for i, (start, end) in enumerate(pairs)
+        )
+        return Timeline(source="measured", events=tuple(events))
 
 
-class Executor:
+class _Line(NamedTuple):
+    """An instruction, ready to run."""
+
+    written: tuple[str, ...]
+    """Buffers that something may still arrive in."""
+    read: tuple[str, ...]
+    """Buffers to be overwritten, whose content may still be leaving."""
+    act: Action
+    dying: tuple[str, ...]
+    """Buffers that hold nothing any more afterwards."""
+    leaving: tuple[str, ...]
+    """State that is not on the device any more afterwards, and buffers in host memory that hold
+    nothing any more."""
+
+
+class Executor(TrainingState):
     """Runs one rank's part of a plan."""
 
     def __init__(
@@ -62,6 +103,7 @@ class Executor:
         loss_fn: LossFunction | None = None,
         build_optimizer: BuildOptimizer = default_optimizer,
         build_scheduler: BuildScheduler | None = None,
+        loss_weight: LossWeight | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Take this rank's parameters out of `model`; the others' memory is let go.
@@ -74,6 +116,7 @@ class Executor:
             loss_fn: as in the model file; None where the model returns its loss.
             build_optimizer: as in the model file; AdamW by default.
             build_scheduler: as in the model file; a constant rate by default.
+            loss_weight: as in the model file; every micro-batch weighs the same by default.
             device: where this rank computes.
 
         Raises:
@@ -81,11 +124,9 @@ class Executor:
             PlanFileError: the plan's code names something that the model does not have, or its
                 buffers do not fit the model's parameters.
         """
-        self.plan = plan
-        self._model = model.train()
-        self._rank = RankState(
+        rank = RankState(
             plan,
-            model,
+            model.train(),
             transport,
             world_rank,
             loss_fn,
@@ -93,40 +134,44 @@ class Executor:
             build_scheduler,
             torch.device(device),
         )
-        self._broken = ""
+        super().__init__(plan, model, rank)
+        ends_loss = any("loss" in stage.plan.outputs for stage in rank.stages.values())
+        if loss_weight is not None and ends_loss:
+            rank.loss_weights = LossWeights(plan, transport, loss_weight)
         self.device = self._rank.device
         self.rank, self.replica = self._rank.rank, self._rank.replica
+        self.world_rank = world_rank
         programs = (self._rank.training, self._rank.evaluation)
-        self.loads_batch = any(i.opcode is Opcode.LOAD for p in programs for i in p.instructions)
-
-    @property
-    def traffic(self) -> Traffic:
-        """Calls and bytes that left this rank so far."""
-        return self._rank.transport.traffic
-
-    def observe(self, observer: GradientObserver | None) -> None:
-        """Call `observer` before every update with the unit and its reduced gradient."""
-        self._rank.observer = observer
+        loads = (i.opcode is Opcode.LOAD for p in programs for i in p.instructions)
+        self.loads_batch = any(loads) or rank.loss_weights is not None
+        self._lines = {program: tuple(_lines(self._rank, program)) for program in programs}
 
     def step(self, batch: Mapping[str, Tensor]) -> StepResult:
         """One optimizer update.
 
         Args:
             batch: this replica's `num_micro_batches * micro_batch_size` samples, batch dimension
-                first; a rank that loads nothing (`loads_batch` is false) may get an empty mapping.
+                first, or those of all replicas, of which it takes its own; a rank that loads
+                nothing (`loads_batch` is false) may get an empty mapping.
 
         Raises:
             UsageError: a key is missing, or a tensor has another size than the plan's; or the plan
-                is one of an evaluation.
+                is one of an evaluation, or `eval` was called last.
             RunError: a transfer failed, a peer was lost, or a deadline passed; or the executor
                 is closed or was stopped by an error in the middle of an earlier step.
         """
         if self.plan.schedule is Schedule.FORWARD:
             raise UsageError("the plan trains nothing: it only evaluates", hint="call evaluate()")
-        result = self._run(self._rank.training, batch)
+        if not self.training:
+            raise UsageError("eval() was called, and a step trains", hint="call train() first")
+        for function in self._before_step.functions:
+            function(batch)
+        result = self._run(self._rank.training, batch, self.learning_rate)
         self._rank.step += 1
         if self.plan.options.save:
             self._rank.host.complete(self._rank.step)
+        for function in self._after_step.functions:
+            function(result)
         return result
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
@@ -146,110 +191,81 @@ class Executor:
         with _evaluation_mode(self._model):
             return self._run(self._rank.evaluation, batch)
 
-    def checkpoint(self) -> Checkpoint:
-        """This rank's part of the state after the last whole step, in host memory.
-
-        It stays as it is while later steps run. All ranks' parts of one step make a whole state.
-
-        Raises:
-            UsageError: the plan saves none.
-        """
-        if not self.plan.options.save:
-            raise UsageError(
-                "the plan leaves no checkpoint after its steps",
-                hint="plan again with the option to save",
-            )
-        return self._rank.host.checkpoint
-
-    def _run(self, program: Program, batch: Mapping[str, Tensor]) -> StepResult:
-        if self._broken:
-            raise RunError(
-                f"this executor {self._broken}, so it cannot go on",
-                hint="build a new Executor",
-            )
+    def _run(
+        self, program: Program, batch: Mapping[str, Tensor], rate: float | None = None
+    ) -> StepResult:
+        self._check_usable()
         if self.loads_batch:
+            batch = replica_part(self.plan, self.replica, batch)
             check_batch(self.plan, batch)
         what = "an evaluation" if program.is_evaluation else "a step"
         self._broken = f"was stopped in the middle of {what}"
-        events = self._run_program(program, batch)
-        self._broken = ""
         rank = self._rank
+        weights = rank.loss_weights
+        if weights is not None:
+            weights.begin(batch, rank.device, is_evaluation=program.is_evaluation)
+        moments = self._run_program(program, batch)
+        self._broken = ""
         return StepResult(
             losses=tuple(rank.losses[m] for m in sorted(rank.losses)),
-            timeline=Timeline(source="measured", events=tuple(events)),
+            rank=rank.rank,
+            moments=tuple(moments),
             finite=None if rank.finite is None else bool(rank.finite),
+            not_finite=self._not_finite(),
             gradient_norm=None if rank.gradient_norm is None else float(rank.gradient_norm),
+            weights=weights.of_micro_batches if weights is not None else (),
+            learning_rate=rate,
         )
 
-    def _run_program(self, program: Program, batch: Mapping[str, Tensor]) -> list[Event]:
-        rank = self._rank
+    def _not_finite(self) -> dict[str, tuple[int, ...]]:
+        """What all ranks found; a collective only after a step that updated nothing."""
+        rank, found = self._rank, dict[str, tuple[int, ...]]()
+        if rank.finite is None or bool(rank.finite):
+            return found
+        what = "the parameters whose gradients are not finite"
+        mine, num_ranks = rank.not_finite, self.plan.world_size
+        of_ranks = gather_objects(
+            rank.transport, mine, self.world_rank, num_ranks, rank.device, what
+        )
+        for number, names in enumerate(of_ranks):
+            found |= {name: (*found.get(name, ()), number) for name in names}
+        return found
+
+    def _run_program(self, program: Program, batch: Mapping[str, Tensor]) -> list[float]:
+        rank, buffers, clock = self._rank, self._rank.buffers, time.perf_counter
         rank.begin(program, batch)
-        events = []
-        origin = time.perf_counter()
-        for index, instruction in enumerate(program.instructions):
+        moments = [clock()]
+        for index, (written, read, act, dying, leaving) in enumerate(self._lines[program]):
             rank.index = index
-            rank.buffers.settle(instruction)
-            start = time.perf_counter()
-            HANDLERS[instruction.opcode](rank, instruction)
-            for name in program.dying.get(index, ()):
+            if written or read:
+                buffers.settle(written, read)
+            moments.append(clock())
+            act()
+            if dying:
+                buffers.drop(dying)
+            for name in leaving:
                 rank.drop(name)
-            end = time.perf_counter()
-            events.append(
-                Event(
-                    rank=rank.rank,
-                    index=index,
-                    start_seconds=start - origin,
-                    end_seconds=end - origin,
-                )
-            )
-        rank.buffers.finish()
+            moments.append(clock())
+        buffers.finish()
         rank.sends.wait()
         rank.batch = {}
-        return events
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters of this rank's stages and buffers of their modules, by name.
-
-        As in the model's own state_dict, buffers that are made anew are not part of it.
-        Where weights are partitioned this is a collective over the replicas.
-        """
-        found: dict[str, Tensor] = {}
-        for state in self._rank.units.values():
-            flat = shard = self._shard(state) if state.gathered else state.whole
-            if state.gathered and state.partitioned:
-                flat = shard.new_empty(state.padded_length)
-                what = f"state of unit {state.unit.name}"
-                self._rank.transport.gather(shard, flat, what).wait()
-            found.update({name: view.clone() for name, view in state.views(flat)})
-        saved = self._model.state_dict().keys()
-        return found | {name: value for name, value in self.buffers().items() if name in saved}
-
-    def _shard(self, state: UnitState) -> Tensor:
-        """On the device, wherever it lives."""
-        if "shard" not in self.plan.offloaded:
-            return state.shard
-        shard, pending = self._rank.host.fetch(f"host:shard:{state.unit.name}")
-        pending.wait()
-        assert isinstance(shard, Tensor)
-        return shard
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Copies of the buffers of the modules in this rank's stages, by name."""
-        paths = {s.path for stage in self._rank.stages.values() for s in stage.plan.code if s.path}
-        return {
-            name: buffer.clone()
-            for path in sorted(paths)
-            for name, buffer in self._model.get_submodule(path).named_buffers(prefix=path)
-        }
-
-    def resident_tensors(self) -> list[Tensor]:
-        """Everything that stays allocated between steps."""
-        return [*self._rank.resident_tensors(), *self._model.buffers()]
+        return moments
 
     def close(self) -> None:
         """End the executor's thread. The transport is closed by whoever made it."""
         self._broken = "is closed"
         self._rank.sends.close()
+
+
+def _lines(rank: RankState, program: Program) -> Iterator[_Line]:
+    """What is the same in every step is looked up here, once."""
+    for index, instruction in enumerate(program.instructions):
+        rank.begin(program, {}, index)
+        act = HANDLERS[instruction.opcode](rank, instruction)
+        names = program.dying.get(index, ())
+        leaving = tuple(name for name in names if kind_of(name) in ("shard", "moments", "host"))
+        dying = tuple(name for name in names if name not in leaving)
+        yield _Line(*program.conflicts[index], act, dying, leaving)
 
 
 @contextmanager

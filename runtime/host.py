@@ -74,6 +74,11 @@ class HostMemory:
         value = _over(_Copy, room_for, self._values[name])
         return value, self._beside("in", lambda: self._fill(pairs))
 
+    def values(self, name: str) -> Any:
+        """What a host: buffer holds, in host memory: to be read, not to be changed."""
+        self._settle()
+        return _over(_Copy, lambda copy: copy.tensor, self._values[name])
+
     def drop(self, name: str) -> None:
         """Let go of what a host: buffer holds, if anything."""
         self._values.pop(name, None)
@@ -93,9 +98,13 @@ class HostMemory:
     @property
     def checkpoint(self) -> Checkpoint:
         """The last complete one."""
+        self._settle()
+        return self._checkpoint
+
+    def _settle(self) -> None:
+        """Whatever was copied to the host is there."""
         if "out" in self._streams:
             self._streams["out"].synchronize()
-        return self._checkpoint
 
     def _keep(self, name: str, value: Any) -> None:
         self._values.pop(name, None)  # the last copy, so that there is one at a time

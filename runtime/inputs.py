@@ -21,7 +21,7 @@ from planner.model_file import (
 from planner.plan.file import read_plan
 from planner.plan.types import Plan
 
-__all__ = ["CheckedDataset", "check_batch", "check_machine", "load_inputs"]
+__all__ = ["CheckedDataset", "check_batch", "check_machine", "load_inputs", "replica_part"]
 
 
 def load_inputs(plan_path: Path, model_path: str) -> tuple[Plan, ModelFile]:
@@ -67,6 +67,15 @@ def check_machine(plan: Plan, num_ranks: int) -> None:
             hint=f"plan for processes of this machine: lga-plan ... --gpus {plan.world_size} "
             "--cluster cpu",
         )
+
+
+def replica_part(plan: Plan, replica: int, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """This replica's samples of a batch of all replicas'; any other batch as it is."""
+    size = plan.replica_batch_size
+    sizes = {len(value) for value in batch.values() if value.dim()}
+    if plan.num_replicas == 1 or sizes != {plan.global_batch_size}:
+        return batch
+    return {key: value[replica * size : (replica + 1) * size] for key, value in batch.items()}
 
 
 def check_batch(plan: Plan, batch: Mapping[str, Tensor]) -> None:

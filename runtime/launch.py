@@ -64,6 +64,7 @@ def launch(plan_path: Path, model_path: str, options: RunOptions) -> int:
         check_can_write(options.save_path, "--save", [plan_path, model_file.path])
     if options.timeline_path is not None:
         check_can_write(options.timeline_path, "--timeline", [plan_path, model_file.path])
+    options.adjust(plan)  # to refuse here what every rank would refuse
     words = ["-m", "runtime", str(plan_path), model_path, *options.arguments()]
     return run_ranks(words, plan.grid)
 

@@ -1,9 +1,9 @@
 """One rank's run: join the others, verify if asked, train, report, save."""
 
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,17 +18,18 @@ from planner.model_file import ModelFile
 from planner.plan.types import Plan
 from planner.timeline import Timeline
 from runtime.build import build_model, make_executor
-from runtime.data import Batches
-from runtime.executor import Executor, StepResult
+from runtime.data import Batches, Position, position_of
+from runtime.executor import Executor
 from runtime.memory import peak_memory
 from runtime.options import RunOptions
 from runtime.report import (
     Measured,
     Progress,
+    not_finite_message,
     print_comparison,
     print_verdict,
 )
-from runtime.session import distributed_session
+from runtime.session import device_of, distributed_session
 from runtime.transport import Transport
 from runtime.verify import Difference, compare
 
@@ -48,7 +49,9 @@ def run_rank(plan: Plan, model_file: ModelFile, options: RunOptions) -> None:
             "--timeline is of the last step trained, but --verify takes the only one",
             hint="--steps=4, so that the step that measures memory is not the last",
         )
-    device = _device(plan)
+    if options.save_every is not None:
+        _make_folder(options.checkpoint_folder)
+    device = device_of(plan)
     with distributed_session(plan, device) as (transport, world_rank):
         verdict = _run(plan, model_file, options, transport, world_rank, device)
     if world_rank == 0 and verdict:
@@ -69,11 +72,16 @@ def _run(
 ) -> str:
     """What verification found wrong, empty if nothing."""
     console = shared_console if world_rank == 0 else Console(quiet=True)
-    batches = Batches(model_file, plan)
+    executor = make_executor(plan, model_file, transport, world_rank, device)
+    start = Position()
+    if options.resume_path is not None:
+        info = executor.load(options.resume_path)
+        start = position_of(info.data)
+        console.print(f"resumed after step {info.num_steps} from {info.path}")
+    batches = Batches(model_file, plan, start)
     if batches.is_random:
         console.print("no build_dataset in the model file: training on random batches")
-    executor = make_executor(plan, model_file, transport, world_rank, device)
-    first_step = 0
+    first_step = executor.num_steps
     if options.verify:
         _, found = compare(plan, model_file, batches, executor, 0)
         failure = print_verdict(console, _gather_differences(found))
@@ -119,10 +127,14 @@ def _train(
                 result = executor.step(batch)
                 if step > first_step + 1:
                     seconds.append(time.perf_counter() - start)
-            loss = _mean_loss(result, executor.device)
+            loss = executor.mean_loss(result)
             progress.advance(step + 1, loss, time.perf_counter() - start)
             if result.finite is False:
-                console.print(f"step {step + 1}: a gradient is not finite, nothing was updated")
+                console.print(not_finite_message(step + 1, result))
+            if _is_due(options, step + 1):
+                folder = options.checkpoint_folder / f"step-{step + 1:06}"
+                executor.save(folder, asdict(batches.position(step + 1)))
+                console.print(f"checkpoint written to {folder}")
             timeline = result.timeline
     if peak_bytes is None:
         return None
@@ -134,12 +146,21 @@ def _train(
     )
 
 
-def _mean_loss(result: StepResult, device: torch.device) -> float:
-    """Mean loss over all micro-batches of all replicas, on every rank."""
-    loss = result.loss
-    total = torch.tensor([loss or 0.0, float(loss is not None)], device=device)
-    dist.all_reduce(total)
-    return float(total[0] / total[1])
+def _make_folder(folder: Path) -> None:
+    """Now rather than after the steps that a checkpoint is for."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write checkpoints to {folder}: {error.strerror}",
+            hint="give another folder: --checkpoints",
+        ) from None
+
+
+def _is_due(options: RunOptions, num_steps: int) -> bool:
+    """Whether a checkpoint is wanted after so many steps."""
+    every = options.save_every
+    return every is not None and (num_steps % every == 0 or num_steps == options.num_steps)
 
 
 def _start_together(device: torch.device) -> None:
@@ -187,12 +208,3 @@ def _save(
     torch.save(whole, aside)
     aside.replace(path)
     console.print(f"weights of {len(whole)} tensors written to {path}")
-
-
-def _device(plan: Plan) -> torch.device:
-    """This rank's device: its own GPU for plans made for GPUs, else the CPU."""
-    if plan.backend != "nccl":
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)

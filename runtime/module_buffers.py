@@ -37,6 +37,11 @@ class ModuleBuffers:
         self._before: dict[int, list[Tensor]] = {}
         """By micro-batch: values of changing buffers before a forward not recomputed yet."""
 
+    @property
+    def are_known(self) -> bool:
+        """Whether a forward has shown which of them change."""
+        return self._changing is not None
+
     def tensors(self) -> list[Tensor]:
         """As they are now."""
         values = (module._buffers[name] for module, name in self._places)
@@ -78,8 +83,10 @@ class ModuleBuffers:
 
     def apart(self, tensor: Tensor) -> Tensor:
         """A stage's output, copied if it is a view of a buffer that the next forward changes."""
-        address = tensor.untyped_storage().data_ptr()
         places = self._places if self._changing is None else self._changing
+        if not places:
+            return tensor
+        address = tensor.untyped_storage().data_ptr()
         buffers = (module._buffers[name] for module, name in places)
         held = {b.untyped_storage().data_ptr() for b in buffers if b is not None}
         return tensor.clone() if address in held else tensor

@@ -67,7 +67,13 @@ class UnitOptimizer:
 
     def release_gradients(self) -> None:
         """The pieces let go of their gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._pieces.values():
+            parameter.grad = None
+
+    @property
+    def pieces(self) -> dict[str, torch.nn.Parameter]:
+        """What the optimizer updates, by the name of the parameter that it is a part of."""
+        return self._pieces
 
     @property
     def moments(self) -> Moments:

@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from planner.console import SECONDS, SEED
+from planner.errors import UsageError
 from planner.plan.types import Plan
+from runtime.checkpoint import read_info
 
 __all__ = ["RunOptions", "run_arguments", "run_options"]
 
@@ -18,11 +20,17 @@ class RunOptions:
     """What the user asks of one run of a plan."""
 
     num_steps: int = 10
-    """Optimizer updates."""
+    """Optimizer updates in all, those before a checkpoint that is resumed included."""
     verify: bool = False
     """First compare one planned step with plain accumulation, gradient by gradient."""
     save_path: Path | None = None
     """Where the trained state goes when the run has ended well."""
+    save_every: int | None = None
+    """Steps between checkpoints; the last step leaves one too."""
+    checkpoint_folder: Path = Path("checkpoints")
+    """Where they go, each in a folder of its own."""
+    resume_path: Path | None = None
+    """A checkpoint to go on from, or a folder of checkpoints."""
     timeline_path: Path | None = None
     """Where the times of the last step's instructions go."""
     log_every: int = 1
@@ -33,19 +41,49 @@ class RunOptions:
     """Longest wait for any transfer or collective, instead of the plan's."""
 
     def adjust(self, plan: Plan) -> Plan:
-        """The plan with the options that this run overrides."""
+        """The plan with the options that this run overrides; a run resumed keeps its seed.
+
+        Raises:
+            UsageError: the options contradict each other or the checkpoint to resume.
+        """
         options = plan.options
         if self.seed is not None:
             options = replace(options, seed=self.seed)
+        if self.resume_path is not None:
+            options = replace(options, seed=self._resumed(self.resume_path))
         if self.deadline_seconds is not None:
             options = replace(options, deadline_seconds=self.deadline_seconds)
         return replace(plan, options=options)
+
+    def _resumed(self, path: Path) -> int:
+        """The seed of the run to be resumed."""
+        info = read_info(path)
+        if self.verify:
+            raise UsageError(
+                "--verify compares the first step from fresh weights, and --resume has none",
+                hint="leave one of them out",
+            )
+        if self.seed not in (None, info.seed):
+            raise UsageError(
+                f"--seed is {self.seed}, but {info.path} is of a run with seed {info.seed}",
+                hint="leave --seed out: the run goes on with its own",
+            )
+        if info.num_steps >= self.num_steps:
+            raise UsageError(
+                f"{info.path} was written after {info.num_steps} steps, and --steps is "
+                f"{self.num_steps}",
+                hint=f"--steps counts from the start of the run: --steps {info.num_steps + 10}",
+            )
+        return info.seed
 
     def arguments(self) -> list[str]:
         """As words of a command line that `run_options` reads back."""
         words = [f"--steps={self.num_steps}", f"--log-every={self.log_every}"]
         words += ["--verify"] if self.verify else []
         words += [] if self.save_path is None else [f"--save={self.save_path}"]
+        words += [] if self.save_every is None else [f"--save-every={self.save_every}"]
+        words += [f"--checkpoints={self.checkpoint_folder}"]
+        words += [] if self.resume_path is None else [f"--resume={self.resume_path}"]
         words += [] if self.timeline_path is None else [f"--timeline={self.timeline_path}"]
         words += [] if self.seed is None else [f"--seed={self.seed}"]
         words += [] if self.deadline_seconds is None else [f"--deadline={self.deadline_seconds!r}"]
@@ -59,7 +97,7 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         default=10,
         show_default=True,
-        help="Optimizer updates to do.",
+        help="Optimizer updates to do, those before --resume included.",
     ),
     click.option(
         "--verify",
@@ -72,6 +110,28 @@ _OPTIONS = (
         "save_path",
         type=click.Path(path_type=Path),
         help="Write the trained model's state_dict to this file at the end (torch.load reads it).",
+    ),
+    click.option(
+        "--save-every",
+        type=click.IntRange(min=1),
+        metavar="STEPS",
+        help="Write a checkpoint after every so many steps, and after the last.",
+    ),
+    click.option(
+        "--checkpoints",
+        "checkpoint_folder",
+        type=click.Path(path_type=Path),
+        default=Path("checkpoints"),
+        show_default=True,
+        help="Folder of the checkpoints: each is a folder step-N, written by "
+        "torch.distributed.checkpoint.",
+    ),
+    click.option(
+        "--resume",
+        "resume_path",
+        type=click.Path(path_type=Path),
+        help="Go on from this checkpoint, or from the last one in this folder, whatever plan of "
+        "the same model wrote it.",
     ),
     click.option(
         "--timeline",

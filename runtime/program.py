@@ -4,14 +4,29 @@ This module knows instructions and names of buffers. It does not know tensors.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from planner.errors import PlanFileError
 from planner.plan.names import buffer_key, kind_of
 from planner.plan.types import Instruction, Opcode
 
-__all__ = ["Program"]
+__all__ = ["Conflicts", "Program"]
 
 _SPENDS = (Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.UPDATE)
+_GOES_ON = (
+    Opcode.RECEIVE, Opcode.GATHER, Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.CHECK_FINITE,
+    Opcode.CLIP, Opcode.FETCH, Opcode.EVICT, Opcode.SAVE,
+)  # fmt: skip
+"""What may still be under way when the next instruction starts. A SEND keeps its own tensor."""
+
+
+class Conflicts(NamedTuple):
+    """Buffers of one instruction that something started before it may still be using."""
+
+    written: tuple[str, ...]
+    """Something may still arrive in them."""
+    read: tuple[str, ...]
+    """The instruction writes them, and their last content may still be leaving."""
 
 
 class Program:
@@ -37,6 +52,8 @@ class Program:
         self.is_evaluation = is_evaluation
         self.dying = _last_uses(self.instructions, offloaded)
         """Index -> buffers that hold nothing any more when the instruction there is over."""
+        self.conflicts = _conflicts(self.instructions)
+        """By index."""
         self.sums = _units_of_sums(self.instructions)
         """Index -> accumulation buffers of the instruction there, and whose gradient each holds."""
         self.evicted = frozenset(
@@ -51,6 +68,23 @@ class Program:
         for instruction in self.instructions:
             if instruction.opcode is Opcode.GATHER and instruction.unit is not None:
                 yield instruction.writes[0], instruction.unit
+
+
+def _conflicts(instructions: Sequence[Instruction]) -> tuple[Conflicts, ...]:
+    found = []
+    arriving: set[str] = set()
+    leaving: set[str] = set()
+    for instruction in instructions:
+        used = dict.fromkeys((*instruction.reads, *instruction.writes))
+        written = tuple(name for name in used if name in arriving)
+        read = tuple(name for name in instruction.writes if name in leaving)
+        arriving.difference_update(written)
+        leaving.difference_update(read)
+        found.append(Conflicts(written, read))
+        if instruction.opcode in _GOES_ON:
+            arriving.update(instruction.writes)
+            leaving.update(instruction.reads)
+    return tuple(found)
 
 
 def _last_uses(

@@ -15,6 +15,7 @@ from runtime.random import KeyedRandom
 __all__ = ["accumulate", "loss_of_model"]
 
 LossOf = Callable[[Mapping[str, Tensor]], Tensor]
+WeightOf = Callable[[Mapping[str, Tensor]], Tensor | float]
 
 
 def accumulate(
@@ -24,6 +25,7 @@ def accumulate(
     *,
     seed: int,
     step: int,
+    weight_of: WeightOf | None = None,
 ) -> list[Tensor]:
     """Add up the gradients of all micro-batches in each parameter's `.grad`; return the losses.
 
@@ -33,14 +35,19 @@ def accumulate(
         micro_batches: (replica, micro-batch, its samples) of all replicas, in order.
         seed: of the random keys.
         step: of the random keys.
+        weight_of: micro-batch -> its weight in the step's loss; all weigh the same by default.
     """
     random, losses = KeyedRandom(seed), []
+    share = [1 / len(micro_batches)] * len(micro_batches)
+    if weight_of is not None:
+        weights = [float(weight_of(samples)) for _, _, samples in micro_batches]
+        share = [weight / sum(weights) for weight in weights]
     model.zero_grad(set_to_none=True)
-    for replica, micro_batch, samples in micro_batches:
+    for (replica, micro_batch, samples), part in zip(micro_batches, share, strict=True):
         random.begin(step=step, replica=replica, micro_batch=micro_batch)
         with random:
             loss = loss_of(samples)
-            (loss / len(micro_batches)).backward()
+            (loss * part).backward()
         losses.append(loss.detach())
     return losses
 

@@ -11,9 +11,13 @@ from rich.table import Table
 
 from planner.plan.types import Plan
 from planner.timeline import Timeline
+from runtime.executor import StepResult
 from runtime.verify import Difference, worst
 
-__all__ = ["Measured", "Progress", "print_comparison", "print_verdict"]
+__all__ = ["Measured", "Progress", "not_finite_message", "print_comparison", "print_verdict"]
+
+_MOST_NAMES = 5
+"""Parameters named in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,18 @@ class Progress:
         self._bar.update(self._task, completed=step, text=text)
         if step % self._log_every == 0 or step in (1, self._num_steps):
             self._console.print(f"step {step}/{self._num_steps}  {text}")
+
+
+def not_finite_message(step: int, result: StepResult) -> str:
+    """What a step (from 1) that updated nothing found, by parameter and world rank."""
+    names = sorted(result.not_finite)
+    shown = [
+        f"{name} (rank {', '.join(map(str, result.not_finite[name]))})"
+        for name in names[:_MOST_NAMES]
+    ]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    where = f": {', '.join(shown)}{more}" if shown else ""
+    return f"step {step}: a gradient is not finite, nothing was updated{where}"
 
 
 def print_verdict(console: Console, found: Sequence[Difference]) -> str:

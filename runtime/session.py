@@ -1,5 +1,6 @@
 """One rank's part in a distributed run: joined, watched, and left in order."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from runtime.heartbeat import Heartbeat
 from runtime.torch_errors import connection_error
 from runtime.transfer import DistributedTransport, initialise
 
-__all__ = ["distributed_session"]
+__all__ = ["device_of", "distributed_session", "is_launched"]
 
 
 @contextmanager
@@ -45,3 +46,17 @@ def distributed_session(
             raise
         heartbeat.explain(FailureReport.of(lost))
         raise lost from error
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def device_of(plan: Plan) -> torch.device:
+    """This rank's device: its own GPU for plans made for GPUs, else the CPU."""
+    if plan.backend != "nccl":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)

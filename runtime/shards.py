@@ -138,12 +138,6 @@ class UnitState:
         for parameter in self.parameters.values():
             parameter.data = parameter.data.new_empty(0)
 
-    def attach_gradients(self, flat: Tensor) -> None:
-        """Backward adds to views of `flat`."""
-        for name, view in self.views(flat):
-            if name in self.trainable:
-                self.parameters[name].grad = view
-
     def detach_gradients(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -165,10 +159,11 @@ class UnitState:
 
     def _view(self, part: Tensor, piece: Piece) -> Tensor:
         """A piece of what is laid out as the shard is."""
-        view = part[piece.first - self.first : piece.last - self.first]
+        first = piece.first - self.first
         if self.partitioned:
-            return view
-        return view.as_strided(self.shapes[piece.name], self.strides[piece.name])
+            return part[first : piece.last - self.first]
+        offset = int(part.storage_offset()) + first
+        return part.as_strided(self.shapes[piece.name], self.strides[piece.name], offset)
 
     def _ranges(self, *, is_packed: bool) -> tuple[dict[str, tuple[int, int]], int]:
         """Where each parameter lies, and the length of all."""

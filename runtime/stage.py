@@ -27,6 +27,10 @@ from runtime.saved import SavedTensors
 
 __all__ = ["Half", "Saved", "Stage", "modules_of"]
 
+_backward = torch.autograd.Variable._execution_engine.run_backward
+"""What torch.autograd.backward calls when it has compared shapes of outputs and gradients, which
+takes longer than a small layer's backward; here the plan gives them one shape."""
+
 
 class Half(Enum):
     """The halves of a backward that is split."""
@@ -82,6 +86,7 @@ class Stage:
         modules = modules_of(plan, model)
         both = [m for key, m in modules.items() if key in shared_modules]
         self._buffers = ModuleBuffers(tuple(modules.values()), both)
+        self.is_random = self._program.is_random
 
     def forward(
         self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], micro_batch: int
@@ -101,6 +106,8 @@ class Stage:
         self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Saved]:
         """Outputs (detached), and what backward needs."""
+        if self._buffers.are_known:
+            return self._forward(inputs, batch)
         with self._buffers.noted(None):
             return self._forward(inputs, batch)
 
@@ -126,14 +133,14 @@ class Stage:
             copy = name in self.plan.mutated_inputs
             if name in self._gradient_tensors:
                 values[name] = Entry.apply(self._anchor, value, sink, name, copy)  # type: ignore[no-untyped-call]
-                edges[name] = get_gradient_edge(values[name])
+                edges[name] = GradientEdge(values[name].grad_fn, 0)  # type: ignore[arg-type]
             else:
                 values[name] = value.clone() if copy else value
-        outputs = self._run(values, batch)
-        for name, value in outputs.items():
+        apart: dict[str, Tensor] = {}
+        for name, value in self._run(values, batch).items():
             if value.requires_grad:
                 edges[name] = get_gradient_edge(value)
-        apart = {name: self._buffers.apart(value.detach()) for name, value in outputs.items()}
+            apart[name] = self._buffers.apart(value.detach())
         if "loss" in apart:
             # Kernels may have shrunk it out of something large.
             apart |= _without_gaps({"loss": apart["loss"]})
@@ -166,7 +173,8 @@ class Stage:
             half: what to find; None for both at once.
             parameters: those that WEIGHTS finds gradients for.
         """
-        roots = [(saved.edges[name], g) for name, g in gradients.items() if name in saved.edges]
+        edges = saved.edges
+        roots = [(edges[name], g) for name, g in gradients.items() if name in edges]
         roots += [(get_gradient_edge(parameter), part) for parameter, part in parts]
         leaves: list[Tensor] | None = None
         if half is Half.INPUTS:
@@ -176,16 +184,19 @@ class Stage:
         if half is not Half.INPUTS:
             saved.edges = {}
         if roots and (leaves is None or leaves):
-            with self._redrawing(half):
-                torch.autograd.backward(
-                    [edge for edge, _ in roots],
-                    [g for _, g in roots],
-                    retain_graph=half is Half.INPUTS,
-                    inputs=leaves,
+            with self._redrawing(half) if self.is_random else nullcontext():
+                _backward(
+                    tuple([edge for edge, _ in roots]),
+                    tuple([g for _, g in roots]),
+                    keep_graph=half is Half.INPUTS,
+                    create_graph=False,
+                    inputs=tuple(leaves or ()),
+                    allow_unreachable=True,
+                    accumulate_grad=True,
                 )
-        found = dict(saved.sink)
+        found = _without_gaps(saved.sink)
         saved.sink.clear()
-        return _without_gaps(found)
+        return found
 
     @contextmanager
     def _redrawing(self, half: Half | None) -> Iterator[None]:
@@ -194,7 +205,7 @@ class Stage:
         Keys cost time at every operator. A backward does what the first one did, so one that drew
         nothing goes without.
         """
-        if not (self._program.is_random and self._redraws.get(half, True)):
+        if not self._redraws.get(half, True):
             yield
             return
         num_draws = self._random.num_draws
@@ -209,17 +220,20 @@ class Stage:
     def _run(
         self, values: dict[str, Any], batch: Mapping[str, Tensor], *, training: bool = True
     ) -> dict[str, Tensor]:
-        versions = {key: value._version for key, value in batch.items()}
-        with self._random if self._program.is_random else nullcontext():
+        versions = [value._version for value in batch.values()]
+        if self.is_random:
+            with self._random:
+                outputs = self._program(values, batch, training=training)
+        else:
             outputs = self._program(values, batch, training=training)
-        for key, value in batch.items():
-            if value._version != versions[key]:
-                raise UsageError(
-                    f"the model or its loss_fn changes batch key {key!r} in place",
-                    hint="write it without the in-place operation (y = y * 2, not y *= 2): a "
-                    "stage may run more than once on the same samples",
-                )
-        return outputs
+        if versions == [value._version for value in batch.values()]:
+            return outputs
+        changed = [k for (k, x), v in zip(batch.items(), versions, strict=True) if x._version != v]
+        raise UsageError(
+            f"the model or its loss_fn changes batch key {changed[0]!r} in place",
+            hint="write it without the in-place operation (y = y * 2, not y *= 2): a stage may run "
+            "more than once on the same samples",
+        )
 
 
 def modules_of(plan: StagePlan, model: torch.nn.Module) -> dict[int, torch.nn.Module]:

@@ -13,6 +13,7 @@ from planner.schedules import Schedule
 from runtime.buffers import Buffers, Sends
 from runtime.code import LossFunction
 from runtime.host import HostMemory
+from runtime.loss_weights import LossWeights
 from runtime.optimize import BuildOptimizer, BuildScheduler, UnitOptimizer
 from runtime.program import Program
 from runtime.random import KeyedRandom
@@ -49,6 +50,8 @@ class RankState:
         self.buffers, self.sends, self.host = Buffers(), Sends(), HostMemory(device)
         self.step = 0
         self.observer: GradientObserver | None = None
+        self.loss_weights: LossWeights | None = None
+        """Where the loss is computed, if the user weighs micro-batches."""
         self.begin(self.training, {})
         mine = [stage for stage in plan.stages if stage.rank == self.rank]
         names = {name for stage in mine for name in stage.units}
@@ -73,15 +76,21 @@ class RankState:
         self.stages = _make_stages(plan, self.rank, model, loss_fn, device, self.random)
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.num_losses = plan.num_micro_batches * plan.num_replicas
+        self._root: Tensor | None = None
+        self._gradient_views: dict[
+            tuple[str, str], list[tuple[torch.nn.Parameter, Tensor]]
+        ] = {}  # fmt: skip
         self._offload_state()
 
-    def begin(self, program: Program, batch: Mapping[str, Tensor]) -> None:
-        """A step or an evaluation starts."""
+    def begin(self, program: Program, batch: Mapping[str, Tensor], index: int = 0) -> None:
+        """A step or an evaluation starts, or one of its instructions is made ready."""
         self.program, self.batch = program, batch
-        self.index = 0
+        self.index = index
         """Of the instruction that runs."""
         self.losses: dict[int, Tensor] = {}
         self.finite: Tensor | None = None
+        self.not_finite: list[str] = []
+        """Parameters of this rank that CHECK_FINITE found a bad gradient of."""
         self.gradient_norm: Tensor | None = None
 
     def unit(self, instruction: Instruction) -> UnitState:
@@ -101,6 +110,17 @@ class RankState:
         """The accumulated gradient of a unit: its length of its accumulation buffer."""
         return self.sums[self.sum_of(state)][: state.padded_length]
 
+    def gradient_views(self, state: UnitState) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        """The unit's trained parameters, and where in `total` each one's gradient is added up."""
+        key = state.unit.name, self.sum_of(state)
+        if key not in self._gradient_views:
+            self._gradient_views[key] = [
+                (state.parameters[name], view)
+                for name, view in state.views(self.total(state))
+                if name in state.trainable
+            ]
+        return self._gradient_views[key]
+
     def gradients(self, instruction: Instruction) -> list[tuple[UnitState, Tensor]]:
         """Units whose whole gradient the running instruction reads, and this rank's part of it."""
         sums = self.program.sums.get(self.index, {})
@@ -112,6 +132,15 @@ class RankState:
             elif kind_of(name) == "reduced":
                 found.append((self.units[name.partition(":")[2]], self.buffers[name]))
         return found
+
+    def gradient_of_loss(self, loss: Tensor, micro_batch: int) -> Tensor:
+        """What backward starts from: the step's loss is the mean of all micro-batches'."""
+        if self.loss_weights is not None:
+            return self.loss_weights.root(loss, micro_batch)
+        root = self._root
+        if root is None or root.dtype != loss.dtype or root.shape != loss.shape:
+            self._root = root = torch.ones_like(loss) / self.num_losses
+        return root
 
     def value(self, name: str) -> Any:
         """What a buffer on the device holds, to be copied: tensors, or dicts and lists of them."""
@@ -151,7 +180,7 @@ class RankState:
             case "host":
                 self.host.drop(name)
             case _:
-                self.buffers.drop(name)
+                self.buffers.drop([name])
 
     def resident_tensors(self) -> list[Tensor]:
         """What stays allocated on the device between steps."""

@@ -84,7 +84,7 @@ class DistributedTransport(ExchangeTransport):
                 group_desc=f"{channel.kind} {channel.members}",
             )
             if world_rank in channel.members:
-                self._wires[channel] = _GroupWire(plan, world_rank, group)
+                self._wires[channel] = _GroupWire(plan, world_rank, channel, group)
 
     def _wire(self, channel: Channel) -> Wire:
         assert channel in self._wires, f"the plan has no {channel}"
@@ -155,53 +155,74 @@ class DistributedTransport(ExchangeTransport):
         self, channel: Channel, what: str, call: Callable[[dist.ProcessGroup], Any]
     ) -> Pending:
         wire = self._wires[channel]
-        peers = [rank for rank in channel.members if rank != self._rank]
-        names = ", ".join(rank_name(rank, self._grid) for rank in peers)
-        return wire.start(lambda: call(wire.group), what, names, ())
+        peers = tuple(rank for rank in channel.members if rank != self._rank)
+        return wire.start(call, (wire.group,), what, peers, ())
 
 
 class _GroupWire:
-    """One process group."""
+    """One process group.
 
-    def __init__(self, plan: Plan, world_rank: int, group: dist.ProcessGroup) -> None:
+    Messages go straight to it: dist.isend checks its arguments for longer than gloo takes to post
+    a small message.
+    """
+
+    def __init__(
+        self, plan: Plan, world_rank: int, channel: Channel, group: dist.ProcessGroup
+    ) -> None:
         self.group = group
+        self._places = {rank: place for place, rank in enumerate(sorted(channel.members))}
         self.num_pending = 0
         """Messages not known to be over."""
         self._plan = plan
         self._rank = world_rank
 
     def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        name = rank_name(peer, self._plan.grid)
-        return self.start(lambda: dist.isend(tensor, peer, self.group), what, name, (tensor,))
+        sent = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        arguments = [sent], self._places[peer], 0
+        return self.start(self.group.send, arguments, what, (peer,), (tensor,))
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        name = rank_name(peer, self._plan.grid)
-        return self.start(lambda: dist.irecv(tensor, peer, self.group), what, name, (tensor,))
+        room = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        arguments = [room], self._places[peer], 0
+        return self.start(self.group.recv, arguments, what, (peer,), (tensor,))
 
     def start(
-        self, call: Callable[[], Any], what: str, peer: str, tensors: tuple[Tensor, ...]
+        self,
+        call: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        what: str,
+        peers: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
     ) -> Pending:
         self.num_pending += 1
         try:
-            work = call()
+            work = call(*arguments)
         except RuntimeError as error:
-            raise self.error(error, what, peer) from error
-        return _Started(self, work, what, peer, tensors)
+            raise self.error(error, what, peers) from error
+        return _Started(self, work, what, peers, tensors)
 
-    def error(self, error: RuntimeError, what: str, peer: str) -> RunError:
-        return run_error(error, self._plan, self._rank, what, peer)
+    def error(self, error: RuntimeError, what: str, peers: tuple[int, ...]) -> RunError:
+        names = ", ".join(rank_name(peer, self._plan.grid) for peer in peers)
+        return run_error(error, self._plan, self._rank, what, names)
 
 
 class _Started:
     """A message under way. Holds its Work (dropping a receive's cancels it) and its tensor."""
 
+    __slots__ = ("_peers", "_tensors", "_what", "_wire", "_work")
+
     def __init__(
-        self, wire: _GroupWire, work: dist.Work, what: str, peer: str, tensors: tuple[Tensor, ...]
+        self,
+        wire: _GroupWire,
+        work: dist.Work,
+        what: str,
+        peers: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
     ) -> None:
         self._wire = wire
         self._work: dist.Work | None = work
         self._what = what
-        self._peer = peer
+        self._peers = peers
         self._tensors = tensors
 
     def wait(self) -> None:
@@ -210,7 +231,7 @@ class _Started:
         try:
             self._work.wait()  # without a limit of its own: the group's is the deadline
         except RuntimeError as error:
-            raise self._wire.error(error, self._what, self._peer) from error
+            raise self._wire.error(error, self._what, self._peers) from error
         self._work = None
         self._tensors = ()
         self._wire.num_pending -= 1
@@ -218,11 +239,10 @@ class _Started:
 
 def _channels(plan: Plan) -> list[Channel]:
     """All channels of all ranks, in one order."""
-    pairs, opcodes = set(), set()
+    pairs = set()
     for programs in (plan.programs, plan.evaluation):
         for rank, program in enumerate(programs):
             for instruction in program:
-                opcodes.add(instruction.opcode)
                 if instruction.peer is not None and instruction.opcode is Opcode.SEND:
                     pairs.add((rank, instruction.peer))
                 elif instruction.peer is not None and instruction.opcode is Opcode.RECEIVE:
@@ -236,7 +256,7 @@ def _channels(plan: Plan) -> list[Channel]:
         for rank in range(plan.num_pipeline_ranks):
             members = tuple(plan.grid.replicas_of(rank))
             found += [Channel(kind, members) for kind in ("gather", "reduce", "share")]
-    if plan.world_size > 1 and opcodes & {Opcode.CHECK_FINITE, Opcode.CLIP}:
+    if plan.world_size > 1:
         found.append(Channel("world", tuple(range(plan.world_size))))
     return found
 

@@ -157,6 +157,7 @@ def _run_reference(
         micro_batches,
         seed=plan.options.seed,
         step=step,
+        weight_of=model_file.loss_weight,
     )
 
 

@@ -72,8 +72,9 @@ class WeightBuffers:
 
     def apart(self, tensor: Tensor) -> Tensor:
         """A stage's output, copied if it is a view of weights that another unit may replace."""
-        inside = tensor.untyped_storage().data_ptr() in self._by_address
-        return tensor.clone() if inside else tensor
+        if self._by_address and tensor.untyped_storage().data_ptr() in self._by_address:
+            return tensor.clone()
+        return tensor
 
     def pack(self, tensor: Tensor) -> "Tensor | WeightPlace":
         buffer = self._by_address.get(tensor.untyped_storage().data_ptr())

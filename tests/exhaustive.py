@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +28,8 @@ __all__ = ["Small", "best_seconds", "placements", "random_problem", "simulator"]
 
 _Value = TypeVar("_Value")
 MAX_BUFFERS = 3
-DEMANDS = tuple(field.name for field in dataclasses.fields(Constraints))
+DEMANDS = tuple(field.name for field in dataclasses.fields(Constraints) if field.name != "schedule")
+STAGES = ("modular", "stages_per_rank", "num_pipeline_ranks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +41,21 @@ class Small:
     simulated: dict[Placement, Simulated]
 
 
-def random_problem(seed: int, max_placements: int) -> Small:
+def random_problem(seed: int, max_placements: int, *, assigned: bool = False) -> Small:
     """A chain of up to 10 unequal layers on up to 4 devices, its memory often tight.
 
     Demands are added until at most `max_placements` are left; a fresh seed demands other things.
+    With `assigned`, stages are free to be on any ranks of at least two, and the first and the last
+    layer often share weights; of 3 to 5 layers then.
     """
     generator = random.Random(seed)
-    num_layers = generator.randint(1, 10)
-    problem = _free_problem(generator, num_layers)
-    names = [name for name in DEMANDS if name != "layout"]
+    num_layers = generator.randint(3, 5) if assigned else generator.randint(1, 10)
+    problem = _free_problem(generator, num_layers, assigned=assigned)
+    names = [name for name in DEMANDS if not (assigned and name in STAGES)]
     generator.shuffle(names)
     wanted: dict[str, int | bool] = {}
+    if assigned:
+        wanted["num_pipeline_ranks"] = min(generator.randint(2, 3), problem.num_devices)
     while True:
         demanded = dataclasses.replace(
             problem,
@@ -120,11 +126,41 @@ def placements(
             (wanted.num_micro_batches, count),
         )
         if all(demand in (None, value) for demand, value in given):
-            yield from _of_mesh(wanted, num_layers, (replicas, ranks, size, count))
+            # Ranks of one host differ in nothing but their numbers.
+            alike = replicas * ranks <= problem.cluster.hosts[0].num_devices
+            stages = _assignments(wanted, num_layers, ranks, alike)
+            yield from _of_mesh(wanted, num_layers, (replicas, ranks, size, count), stages)
+
+
+def _assignments(
+    wanted: Constraints, num_layers: int, ranks: int, alike: bool
+) -> Iterator[tuple[int, ...]]:
+    """Ranks of any number of stages: s mod P, or any others unless that is demanded."""
+    for per_rank in _allowed(wanted.stages_per_rank, range(1, num_layers // ranks + 1)):
+        if per_rank * ranks <= num_layers:
+            yield tuple(range(ranks)) * per_rank
+    if wanted.modular or wanted.stages_per_rank is not None:
+        return
+    grown: list[tuple[int, ...]] = [()]
+    for number in range(1, num_layers + 1):
+        grown = [
+            (*assigned, rank)
+            for assigned in grown
+            for rank in range(ranks)
+            if (ranks == 1 or assigned[-1:] != (rank,))
+            and not (alike and rank > max(assigned, default=-1) + 1)
+        ]
+        for assigned in grown:
+            is_modular = number % ranks == 0 and assigned == tuple(range(ranks)) * (number // ranks)
+            if len(set(assigned)) == ranks and not is_modular:
+                yield assigned
 
 
 def _of_mesh(
-    wanted: Constraints, num_layers: int, mesh: tuple[int, int, int, int]
+    wanted: Constraints,
+    num_layers: int,
+    mesh: tuple[int, int, int, int],
+    assignments: Iterable[tuple[int, ...]],
 ) -> Iterator[Placement]:
     replicas, ranks, size, count = mesh
     partitions = _allowed(wanted.partition, range(4) if replicas > 1 else (0,))
@@ -134,15 +170,14 @@ def _of_mesh(
             _allowed(wanted.offload_inputs, (False, True)),
         )
     )
-    for per_rank in _allowed(wanted.stages_per_rank, range(1, num_layers // ranks + 1)):
-        if per_rank * ranks > num_layers:
-            continue
+    for stage_ranks in assignments:
+        num_stages, per_rank = len(stage_ranks), max(Counter(stage_ranks).values())
         # More buffers than stages are as good as one for each.
         buffers = list(range(1, min(MAX_BUFFERS, per_rank) + 1))
         if wanted.num_buffers is not None:
             buffers = [min(wanted.num_buffers, per_rank)]
         for boundaries, recompute in itertools.product(
-            _splits(num_layers, ranks * per_rank), _recomputes(wanted, ranks * per_rank)
+            _splits(num_layers, num_stages), _recomputes(wanted, num_stages)
         ):
             for partition, (state, inputs), number, layout in itertools.product(
                 partitions, offloads, buffers, _layouts(replicas, ranks)
@@ -151,7 +186,7 @@ def _of_mesh(
                     num_replicas=replicas,
                     num_pipeline_ranks=ranks,
                     boundaries=boundaries,
-                    stage_ranks=tuple(stage % ranks for stage in range(ranks * per_rank)),
+                    stage_ranks=stage_ranks,
                     micro_batch_size=size,
                     num_micro_batches=count,
                     partition=partition,
@@ -180,6 +215,8 @@ def _recomputes(wanted: Constraints, num_stages: int) -> Iterator[tuple[bool, ..
 
 
 def _value(placement: Placement, name: str) -> int | bool:
+    if name == "modular":
+        return True
     if name == "stages_per_rank":
         return placement.num_stages // placement.num_pipeline_ranks
     if name == "num_buffers":
@@ -190,7 +227,7 @@ def _value(placement: Placement, name: str) -> int | bool:
     return value
 
 
-def _free_problem(generator: random.Random, num_layers: int) -> Problem:
+def _free_problem(generator: random.Random, num_layers: int, *, assigned: bool) -> Problem:
     """Nothing demanded, memory without end."""
     uniform = generator.uniform
     forward = [
@@ -200,10 +237,13 @@ def _free_problem(generator: random.Random, num_layers: int) -> Problem:
     fixed = generator.choice([0.0, 0.3])
     width, elements = generator.choice([100, 20_000]), generator.choice([1000, 500_000])
     saved = generator.choice([0, 10**5, 10**6])
+    tied = [(0, num_layers - 1)] if assigned and generator.random() < 0.5 else []
 
     @cache
     def graph_at(size: int) -> LayerGraph:
-        return chain_graph(num_layers, width=width, num_elements=elements, micro_batch_size=size)
+        return chain_graph(
+            num_layers, width=width, num_elements=elements, micro_batch_size=size, tied=tied
+        )
 
     @cache
     def profile_at(size: int) -> Profile:
@@ -222,7 +262,7 @@ def _free_problem(generator: random.Random, num_layers: int) -> Problem:
         )
         return dataclasses.replace(profile, layers=tuple(layers))
 
-    num_devices = generator.randint(1, 4)
+    num_devices = generator.randint(2 if assigned else 1, 4)
     return Problem(
         graph_at=graph_at,
         profile_at=profile_at,

@@ -1,5 +1,6 @@
 """Chains of hand-made layers, and a simulation that is the step-time formula itself."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -160,10 +161,14 @@ def make_problem(
 
 
 def choice_of(placement: Placement) -> Choice:
+    ranks, stage_ranks = placement.num_pipeline_ranks, placement.stage_ranks
+    modular = tuple(stage % ranks for stage in range(len(stage_ranks)))
+    is_modular = stage_ranks == modular and len(stage_ranks) % ranks == 0
     return Choice(
         num_replicas=placement.num_replicas,
         num_pipeline_ranks=placement.num_pipeline_ranks,
-        stages_per_rank=placement.num_stages // placement.num_pipeline_ranks,
+        stages_per_rank=max(Counter(stage_ranks).values()),
+        assignment=() if is_modular else stage_ranks,
         micro_batch_size=placement.micro_batch_size,
         num_micro_batches=placement.num_micro_batches,
         partition=placement.partition,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from synthetic import chain_cluster, chain_graph, chain_profile
 
-from planner.any_schedule import solve_any
+from planner.any_schedule import solve_any, with_bound
 from planner.errors import InfeasibleError, UsageError
 from planner.explain.families import FAMILIES, Axis, best_of_family
 from planner.graph import LayerGraph
@@ -54,6 +54,7 @@ def test_loose_memory_is_no_reason_to_leave_the_layered_order() -> None:
     solution = solve_any(problem, simulator(problem))
     assert solution.placement.schedule is Schedule.LAYERED
     assert solution.layered_seconds is None
+    assert with_bound(problem, solution) == solution  # its own is at least as good
 
 
 def test_short_memory_is_one() -> None:
@@ -80,6 +81,10 @@ def test_a_demanded_schedule_is_kept() -> None:
     solution = solve_any(problem, simulator(problem))
     assert solution.placement.schedule is Schedule.GPIPE
     assert solution.bound_seconds == 0
+    bound = with_bound(problem, solution).any_order_seconds
+    assert bound is not None
+    assert 0.5 * solution.step_seconds < bound <= solution.step_seconds
+    assert (with_bound(problem, solution, halves_backward=True).any_order_seconds or 0) < bound
 
 
 def test_where_no_layered_plan_fits_another_may() -> None:

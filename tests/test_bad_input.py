@@ -156,8 +156,8 @@ def test_what_is_no_model_file(folder: Path, model: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--batch-size", "0"), "0 is not in the range"),
-        (("--batch-size", "99999999999999999999"), "more than the"),
+        (("--batch-size", "0"), "0 is not a number of samples from 1 to"),
+        (("--batch-size", "99999999999999999999"), "is not a number of samples from 1 to"),
         (("--gpus", "-1"), "-1 is not in the range"),
         (("--gpus", "100000000"), "more than the"),
         (("--time-limit", "nan"), "finite"),
@@ -168,7 +168,7 @@ def test_what_is_no_model_file(folder: Path, model: str) -> None:
         (("--cluster", "a100"), "did you mean a100-40 or a100-80"),
         (("--cluster", "small.py"), "unknown cluster"),
         (("--memory-limit", "1kB", "--pipeline-ranks", "1", "--replicas", "1"), "pipeline rank 0"),
-        (("--memory-limit", "-5GB"), "'-5GB' is not a number of bytes"),
+        (("--memory-limit", "-5GB"), "--memory-limit: '-5GB' is below 0 bytes"),
         (("--memory-limit", "0"), "is no memory at all"),
         (("--memory-limit", "40GB"), "--memory-limit 40GB is more than the 34.4 GB of memory that"),
         (("--batch-size", "1", "--replicas", "2"), "batch of 1 samples is less than --replicas 2"),
@@ -180,7 +180,7 @@ def test_what_is_no_model_file(folder: Path, model: str) -> None:
             ("--batch-size", "9", "--replicas", "2"),
             "batch of 9 samples is not divisible by replicas 2",
         ),
-        (("--replicas", "2", "--pipeline-ranks", "2"), "need 4 devices, but only 2"),
+        (("--replicas", "2", "--pipeline-ranks", "2"), "need 4 devices, but --gpus is 2"),
         (("--partition", "3", "--replicas", "1"), "--partition 3 divides the state among replicas"),
         (("--partition", "1", "--pipeline-ranks", "2"), "--pipeline-ranks 2 of --gpus 2 leave one"),
         (("--partition", "4"), "'4' is not one of"),

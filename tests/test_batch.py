@@ -85,7 +85,8 @@ def test_a_range_takes_the_batch_with_the_least_time_per_sample(folder: Path) ->
     made = plan("small.py", "--global-batch", "3..13", "--samples", "1e6", "--price", "2")
     assert made.exit_code == 0, made.output
     assert "batches   4, 6, 8, 10, 12 samples" in made.output
-    rows = re.findall(r"│ +(\d+) │.*│ +([\d.]+) us │ +([\d.]+) us │", made.output)
+    assert "schedule" in next(line for line in made.output.splitlines() if "mesh x loops" in line)
+    rows = re.findall(r"│ +(\d+) │.*│ +layered │ +([\d.]+) us │ +([\d.]+) us │", made.output)
     assert [int(batch) for batch, _, _ in rows] == [4, 6, 8, 10, 12]
     for batch, step, sample in rows:
         assert float(step) / int(batch) == pytest.approx(float(sample), rel=0.02)
@@ -147,9 +148,17 @@ def test_a_last_step_is_whole() -> None:
     ("words", "message"),
     [
         (("--global-batch", "1024..256"), "1024..256 is upside down: 1024 is more than 256"),
-        (("--global-batch", "1..2..3"), "2..3"),
-        (("--global-batch", ".."), "not a valid integer"),
-        (("--global-batch", "-4..8"), "-4 is not in the range"),
+        (("--global-batch", "1024..256"), "write 256..1024"),
+        (("--global-batch", "1..2..3"), "'1..2..3' is no number and no range"),
+        (("--global-batch", ".."), "'..' is a range with an end missing"),
+        (("--batch-size", "8.."), "'8..' is a range with an end missing"),
+        (("--batch-size", "..8"), "'..8' is a range with an end missing"),
+        (("--batch-size", "8.."), "both ends of a range as in 8..64"),
+        (("--batch-size", "a..b"), "'a..b' is no number and no range"),
+        (("--batch-size", "4.5"), "'4.5' is no number and no range"),
+        (("--batch-size", "0..4"), "0..4: 0 is not a number of samples from 1 to"),
+        (("--batch-size", "1..99999999999"), "99999999999 is not a number of samples from 1 to"),
+        (("--global-batch", "-4..8"), "-4 is not a number of samples from 1 to"),
         (("--critical-batch",), "--critical-batch counts tokens"),
         (("--tokens", "1e9"), "--tokens counts tokens"),
         (("--critical-batch", "--global-batch", "8"), "--global-batch 8 both give the batch"),
@@ -173,9 +182,25 @@ def test_what_contradicts_exits_2_and_writes_nothing(
 ) -> None:
     refused = plan("small.py", *words)
     assert refused.exit_code == 2, refused.output
-    assert message in refused.output
+    assert message in " ".join(refused.output.split())
     assert "Traceback" not in refused.output
     assert not list(folder.glob("*.yaml"))
+
+
+def test_a_range_in_which_nothing_fits_names_what_would(folder: Path) -> None:
+    refused = plan("small.py", "--batch-size", "6..8", "--memory-limit", "1kB")
+    assert refused.exit_code == 1, refused.output
+    assert "micro-batches of" in refused.output or "micro-batch of" in refused.output
+    assert "try: " in refused.output
+    assert "a memory limit of" in refused.output
+    assert not list(folder.glob("*.yaml"))
+
+
+def test_a_range_of_one_is_a_number(folder: Path) -> None:
+    made = plan("small.py", "--batch-size", "8..8")
+    assert made.exit_code == 0, made.output
+    assert "batches" not in made.output
+    assert read_plan(folder / "small.plan.yaml").global_batch_size == 8
 
 
 def test_a_critical_batch_below_what_is_demanded(folder: Path) -> None:  # noqa: ARG001

@@ -1,12 +1,13 @@
 """lga-plan --explain, --pareto, --compare and --what-if, as a user types them."""
 
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from planner.cli.plan import main
-from planner.cli.what_if import parse_bandwidth, parse_what_if
+from planner.cli.what_if import parse_what_if
 from planner.errors import UsageError
 from planner.explain.changes import WhatIf
 from planner.plan.file import read_plan
@@ -76,9 +77,30 @@ def test_what_if(folder: Path) -> None:
     (devices,) = [row.split() for row in made.output.splitlines() if row.startswith("devices ")]
     assert devices == ["devices", "2", "4"]
     assert read_plan(folder / "small.plan.yaml").world_size == 2
-    made = plan("--gpus", "2", *PINNED, "--what-if", "memory=100B")
+
+
+def test_what_if_nothing_fits_there(folder: Path) -> None:
+    """Why, and what would, each solved again; the plan for the cluster as it is stands."""
+    made = plan("--gpus", "2", *PINNED, "--what-if", "memory=100kB", "--time-limit", "2")
     assert made.exit_code == 0, made.output
-    assert "no plan: no placement fits in memory" in made.output
+    assert "what if   memory=100kB: nothing fits there; the plan above" in made.output
+    assert "why       no placement fits in memory" in made.output
+    assert "would fit a memory limit of" in made.output
+    assert (folder / "small.plan.yaml").exists()
+    made = plan("--gpus", "2", "--pipeline-ranks", "2", *PINNED, "--what-if", "gpus=1")
+    assert made.exit_code == 0, made.output
+    assert "gpus=1: nothing fits there" in made.output
+    assert "would fit 1 replica x 1 pipeline rank" in made.output
+
+
+def test_one_device_has_no_pipeline_and_no_replicas(folder: Path) -> None:  # noqa: ARG001
+    made = plan("--gpus", "1", *PINNED, "--explain", "--time-limit", "1")
+    assert made.exit_code == 0, made.output
+    rows = {line[:26].strip(): line.split() for line in made.output.splitlines()}
+    for family in ("pipeline only", "data parallel only", "1F1B", "hybrid", "and weights (3)"):
+        assert rows[family][-3:] == ["needs", "two", "devices"]
+    assert rows["data and pipeline"][-3:] == ["needs", "four", "devices"]
+    assert rows["layered"][-3:] == ["is", "the", "plan"]
 
 
 def test_compare(folder: Path) -> None:
@@ -125,7 +147,13 @@ def test_pareto(folder: Path, suffix: str, others: tuple[str, ...]) -> None:
         (("--what-if", "gpus=2,gpus=4"), "gpus stands twice"),
         (("--pareto-output", "out.pdf"), ".html, .svg, .csv"),
         (("--pareto-output", "missing/out.csv"), "cannot write"),
+        (("--what-if", "memory=-5GB"), "--what-if memory=-5GB: '-5GB' is below 0"),
+        (("--what-if", "batch-size=-1"), "--what-if batch-size=-1: -1 is not a whole number"),
+        (("--what-if", ""), "unknown key ''"),
+        (("--pareto-output", "."), "is no known kind of file"),
         (("--compare", "missing.yaml"), "missing.yaml"),
+        (("--compare", "small.py"), "small.py is not a plan: its first line is ''"),
+        (("--compare", "."), ". is not a file"),
     ],
 )
 def test_wrong_words_are_refused_before_planning(
@@ -142,16 +170,19 @@ def test_infeasible_names_what_would_help(folder: Path) -> None:
     assert refused.exit_code == 1, refused.output
     assert "on pipeline rank" in refused.output
     assert "try: " in refused.output
-    assert "a memory limit of" in refused.output
     assert list(folder.glob("*.yaml")) == []
+    enough, unit = re.findall(r"a memory limit of ([\d.]+) (\w+) per device", refused.output)[0]
+    made = plan("--gpus", "2", *PINNED, "--memory-limit", f"{enough}{unit}")
+    assert made.exit_code == 0, made.output
 
 
 def test_units() -> None:
-    assert parse_bandwidth("25Gbps") == parse_bandwidth("25 Gbit/s") == 25e9 / 8
-    assert parse_bandwidth("3.1GB/s") == 3.1e9
-    assert parse_bandwidth("100Mbps") == 12.5e6
+    for text, rate in {
+        "25Gbps": 25e9 / 8, "25 Gbit/s": 25e9 / 8, "3.1GB/s": 3.1e9, "100Mbps": 12.5e6,
+    }.items():  # fmt: skip
+        assert parse_what_if(f"bandwidth={text}") == WhatIf(bandwidth=rate)
     with pytest.raises(UsageError, match="no unit"):
-        parse_bandwidth("7")
+        parse_what_if("bandwidth=7")
     assert parse_what_if("latency=5us, memory=40GB,batch-size=8,gpus=16") == WhatIf(
         latency_seconds=5e-6, memory_bytes=40 * 10**9, num_devices=16, global_batch_size=8
     )

@@ -16,7 +16,8 @@ from planner.model_file import fingerprint, forward_keys, load_model_file
 from planner.trace import trace
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if not path.stem.endswith("_training"))
+"""Model files. The scripts beside them are run by the tests of the Python interface."""
 MIN_LAYERS = 12
 """Four pipeline ranks of three stages each."""
 

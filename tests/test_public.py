@@ -56,6 +56,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.best_schedule",),
     ("planner.prepare",),
     ("planner.pipeline",),
+    ("planner.entry",),
     ("planner.batch",),
     ("planner.report",),
     ("planner.console",),

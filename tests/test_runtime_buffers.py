@@ -19,6 +19,7 @@ from runtime.buffers import Buffers
 from runtime.executor import Executor
 from runtime.handlers import HANDLERS
 from runtime.handlers.data import reduce
+from runtime.handlers.table import each_time
 from runtime.state import RankState
 
 
@@ -118,7 +119,7 @@ def test_adding_to_a_reduced_gradient_takes_no_memory_of_its_own(
             )
             reduce(rank, instruction)
 
-    monkeypatch.setitem(HANDLERS, Opcode.REDUCE, noting)
+    monkeypatch.setitem(HANDLERS, Opcode.REDUCE, each_time(noting))
     given = batches(made, model_file, 0)
     on_every_rank(made, model_file, lambda executor: executor.step(given[executor.replica]))
     assert is_in_sum == {False: {False}, True: {True}}

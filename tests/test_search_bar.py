@@ -11,6 +11,18 @@ from planner.cli import search_bar as module
 from planner.cli.search_bar import search_bar
 
 
+def everything(reader: int) -> str:
+    """All that a terminal has been sent; a single read may return less."""
+    os.set_blocking(reader, False)
+    found = b""
+    try:
+        while piece := os.read(reader, 4096):
+            found += piece
+    except BlockingIOError:
+        return found.decode()
+    return found.decode()
+
+
 def test_a_terminal_sees_the_candidates_the_best_and_the_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -23,7 +35,7 @@ def test_a_terminal_sees_the_candidates_the_best_and_the_bound(
             progress(0, 40, math.inf, 0.0)
             progress(10, 40, 2.0, 1.5)
         stream.flush()
-        seen = os.read(reader, 100_000).decode()
+        seen = everything(reader)
     os.close(reader)
     for words in ("64 samples", "10/40", "best 2 s, bound 1.5 s, gap 25.0%"):
         assert words in seen

@@ -37,10 +37,11 @@ def check_valid(problem: Problem, placement: Placement, num_layers: int) -> None
     assert placement.boundaries[-1] == num_layers
     assert all(a < b for a, b in itertools.pairwise(placement.boundaries))
     assert placement.num_stages == len(placement.boundaries) - 1
-    assert placement.num_stages % placement.num_pipeline_ranks == 0
-    assert placement.stage_ranks == tuple(
-        s % placement.num_pipeline_ranks for s in range(placement.num_stages)
-    )
+    stage_ranks, ranks = placement.stage_ranks, placement.num_pipeline_ranks
+    assert set(stage_ranks) == set(range(ranks))
+    if problem.constraints.stages_per_rank is not None:
+        assert stage_ranks == tuple(range(ranks)) * problem.constraints.stages_per_rank
+    assert ranks == 1 or all(one != other for one, other in itertools.pairwise(stage_ranks))
     assert placement.global_batch_size == problem.global_batch_size
     assert placement.world_size <= problem.num_devices
     assert len(placement.recompute) == placement.num_stages

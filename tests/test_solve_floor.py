@@ -10,7 +10,8 @@ from planner.solve import Placement
 from planner.solve.branch import Branches
 from planner.solve.build import Builder
 from planner.solve.entry import Clock
-from planner.solve.floor import least_cost, least_seconds, quick_seconds
+from planner.solve.floor import least_seconds, quick_seconds
+from planner.solve.floor_memory import least_cost
 from planner.solve.rates import Rates
 from planner.solve.sizes import Sizes
 from planner.solve.space import Batching, Options
@@ -51,7 +52,10 @@ def floors_of(branches: Branches, placement: Placement) -> tuple[float, float]:
         offload_state=placement.offload_state,
         offload_inputs=placement.offload_inputs,
     )
-    floors, around = branches.rates.at(batching.micro_batch_size), branches.surroundings(batching)
+    floors, around = (
+        branches.rates.at(batching.micro_batch_size),
+        branches.surroundings(batching),
+    )
     return least_seconds(batching, floors, around, options), quick_seconds(batching, floors, around)
 
 

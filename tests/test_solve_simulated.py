@@ -294,7 +294,7 @@ def test_stages_may_be_on_any_ranks(stage_ranks: tuple[int, ...], num_replicas: 
             offload_inputs=False,
         )
         builder, choice = Builder(problem=problem), choice_of(placement)
-        instance, split = builder.instance_in(choice, 1, stage_ranks), split_of(placement)
+        instance, split = builder.instance_in(choice, 1), split_of(placement)
         simulated = simulate_placement(problem, placement)
         found = step_ticks(instance, split) * instance.tick_seconds
         shared = 1e-3 if num_replicas > 1 else EXACT

@@ -38,12 +38,21 @@ def name_of(plan: Plan) -> str:
 class Job:
     """Real processes, one per rank, that run a scenario over gloo."""
 
-    def __init__(self, scenario: str, plan: Plan, folder: Path, *, num_processes: int = 0) -> None:
-        num_processes = num_processes or plan.world_size
+    def __init__(
+        self,
+        scenario: str,
+        given: Plan | list[Plan],
+        folder: Path,
+        *,
+        num_processes: int = 0,
+        script: str = "transport_ranks.py",
+    ) -> None:
+        if isinstance(given, Plan):
+            num_processes = num_processes or given.world_size
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        (folder / "plan").write_bytes(pickle.dumps(plan))
+        (folder / "plan").write_bytes(pickle.dumps(given))
         self._output = folder / "output"
-        script = str(Path(__file__).parent / "transport_ranks.py")
+        script = str(Path(__file__).parent / script)
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-W", "error", script, scenario, folder / "plan", self._output],

@@ -12,6 +12,7 @@ from planner.errors import CheckError
 from planner.plan.file import read_plan
 from planner.plan.types import Plan
 from planner.report import rules_table, seconds_text
+from planner.schedules import Schedule
 from planner.simulate import simulate
 
 __all__ = ["main"]
@@ -71,4 +72,14 @@ def _check_claims(path: Path, plan: Plan) -> None:
     words = f"simulated {seconds_text(found.step_seconds)}, as the plan says"
     if bound is not None:
         words += f"; the gap to its bound is {max(0.0, 1 - bound / found.step_seconds):.2%}"
+        words += f", which is of {_bounded(plan)}"
     console.print(Text(words), soft_wrap=True)
+
+
+def _bounded(plan: Plan) -> str:
+    """The plans that its bound speaks of: those that keep to the rules that it keeps to itself."""
+    ranks = plan.num_pipeline_ranks
+    is_modular = all(stage.rank == stage.index % ranks for stage in plan.stages)
+    if plan.schedule is Schedule.LAYERED and is_modular and plan.num_stages % ranks == 0:
+        return "layered plans with stage s on rank s mod P"
+    return "plans of every schedule, with stages on any ranks"

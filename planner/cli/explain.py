@@ -20,6 +20,7 @@ from planner.explain.changes import ClusterAt, WhatIf, changed, grown, resolve
 from planner.explain.comparison import check_same_model, compare_plans, side_of
 from planner.explain.explanation import explain
 from planner.explain.frontier import Point, time_and_devices, time_and_memory
+from planner.explain.remedies import find_remedies
 from planner.explain.types import PlannerFor
 from planner.files import write_text
 from planner.graph import LayerGraph
@@ -36,12 +37,13 @@ from planner.report import (
     frontiers_html,
     frontiers_svg,
     memory_curve,
+    nothing_fits_lines,
     offers_table,
     plot_text,
     sides_table,
 )
 
-__all__ = ["Questions", "answer", "explain_options"]
+__all__ = ["Questions", "answer", "explain_options", "larger_clusters"]
 
 _SECONDS_EACH = 3.0
 """For each problem that is solved again, unless --time-limit is shorter."""
@@ -148,12 +150,9 @@ def explain_options(command: Callable[..., None]) -> Callable[..., None]:
     return decorated
 
 
-def answer(
-    questions: Questions, result: PlanResult, cluster_named: Callable[[int], Cluster]
-) -> None:
-    """Print what was asked. `cluster_named` is the user's cluster with so many devices."""
+def answer(questions: Questions, result: PlanResult, cluster_at: ClusterAt) -> None:
+    """Print what was asked. `cluster_at` is the user's cluster with so many devices."""
     planner_for = result.prepared.planner_for
-    cluster_at = _cluster_at(result, cluster_named)
     if questions.compare is not None:
         _print_comparison(result, questions.compare)
     if questions.explain:
@@ -165,9 +164,8 @@ def answer(
         _print_frontiers(result, planner_for, questions.pareto_output)
 
 
-def _cluster_at(result: PlanResult, cluster_named: Callable[[int], Cluster]) -> ClusterAt:
+def larger_clusters(own: Cluster, cluster_named: Callable[[int], Cluster]) -> ClusterAt:
     """The named cluster where it has so many devices, else more hosts like the largest."""
-    own = result.prepared.problem.cluster
 
     def cluster_at(num_devices: int) -> Cluster:
         try:
@@ -237,16 +235,21 @@ def _print_what_if(
     what_if: WhatIf,
 ) -> None:
     problem = changed(result.prepared.problem, what_if, cluster_at)
+    limit = problem.time_limit_seconds
     with error_console.status(f"solving with {words}"):
         found = resolve(
             words,
             problem,
             planner_for,
             known=result.solution.placement,
-            time_limit_seconds=result.prepared.problem.time_limit_seconds,
+            time_limit_seconds=limit,
         )
     if found.placement is None:
-        _print_lines([f"what if   {words}: no plan: {found.why_none}"])
+        with error_console.status("looking for what would fit there"):
+            remedies = find_remedies(
+                problem, planner_for, cluster_at=cluster_at, time_limit_seconds=limit
+            )
+        _print_lines(nothing_fits_lines(words, found.why_none, remedies))
         return
     sides = {
         "as it is": side_of(result.plan, result.simulation),

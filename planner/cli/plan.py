@@ -15,13 +15,14 @@ from planner.batch import (
     sizes_in,
     tokens_per_sample,
 )
-from planner.cli.explain import Questions, answer, explain_options
+from planner.cli.explain import Questions, answer, explain_options, larger_clusters
 from planner.cli.plan_options import plan_options
 from planner.cli.plan_request import PlanRequest
 from planner.cli.search_bar import search_bar
 from planner.cluster.resolve import resolve_cluster
 from planner.console import HELP, check_can_write, command_errors, console
 from planner.errors import UsageError
+from planner.explain.changes import ClusterAt
 from planner.measure.file import read_profile
 from planner.model_file import load_model_file
 from planner.pipeline import PlanResult, find_plan
@@ -83,7 +84,8 @@ def main(questions: Questions, **words: Any) -> None:
         seed=request.seed,
     ).with_order(request.order)
     questions.check_model(prepared.graph)
-    result, tried = _planned(prepared, request)
+    larger = larger_clusters(prepared.problem.cluster, partial(resolve_cluster, request.cluster))
+    result, tried = _planned(prepared, request, larger)
     write_plan(result.plan, path)
     _print_result(result, request.gpus)
     if len(tried) > 1:
@@ -91,10 +93,12 @@ def main(questions: Questions, **words: Any) -> None:
     for line in training_lines(request.training, result):
         console.print(Text(line), soft_wrap=True)
     console.print(Text(f"plan      written to {path}"), soft_wrap=True)
-    answer(questions, result, partial(resolve_cluster, request.cluster))
+    answer(questions, result, larger)
 
 
-def _planned(prepared: Prepared, request: PlanRequest) -> tuple[PlanResult, tuple[Tried, ...]]:
+def _planned(
+    prepared: Prepared, request: PlanRequest, larger: ClusterAt
+) -> tuple[PlanResult, tuple[Tried, ...]]:
     """The plan of the batch asked for, or of the best in a range, and all that were tried."""
     graph, batch = prepared.graph, request.global_batch
     request.training.steps_with(1, tokens_per_sample(graph))  # refused now, not after the search
@@ -103,7 +107,9 @@ def _planned(prepared: Prepared, request: PlanRequest) -> tuple[PlanResult, tupl
         sizes = sizes_in(batch, devices, constraints)
         console.print(f"batches   {', '.join(map(str, sizes))} samples", highlight=False)
         with search_bar() as listener:
-            return best_batch(prepared, sizes, lambda size: listener(f"{size} samples"))
+            return best_batch(
+                prepared, sizes, lambda size: listener(f"{size} samples"), cluster_at=larger
+            )
     if batch is not None:
         size = batch.least
     elif request.critical_batch:
@@ -115,7 +121,7 @@ def _planned(prepared: Prepared, request: PlanRequest) -> tuple[PlanResult, tupl
         size = default_batch_size(devices, constraints)
         console.print(f"no --global-batch given: {size} samples per step", highlight=False)
     with search_bar() as listener:
-        return find_plan(prepared.with_batch(size), listener("searching")), ()
+        return find_plan(prepared.with_batch(size), listener("searching"), cluster_at=larger), ()
 
 
 def _print_result(result: PlanResult, gpus: int) -> None:

@@ -4,6 +4,7 @@ Knows names, kinds and help. What they ask together, and what contradicts what, 
 `planner.cli.plan_request`.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,22 @@ class _Batch(click.ParamType[BatchRange]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> BatchRange:
-        least, dots, most = str(value).partition("..")
-        sizes = [SAMPLES.convert(end, param, ctx) for end in ((least, most) if dots else (least,))]
-        if sizes[0] > sizes[-1]:
-            self.fail(f"{value} is upside down: {sizes[0]} is more than {sizes[-1]}.", param, ctx)
-        return BatchRange(least=sizes[0], most=sizes[-1])
+        ends = [end.strip() for end in str(value).split("..")]
+        if len(ends) > 2 or not all(re.fullmatch(r"[+-]?\d+", end) for end in ends):
+            what = "a range with an end missing" if "" in ends else "no number and no range"
+            self.fail(f"{value!r} is {what}: {_FORMS}", param, ctx)
+        for end in ends:
+            if not 1 <= int(end) <= SAMPLES.most:
+                words = f"{end} is not a number of samples from 1 to {SAMPLES.most}"
+                self.fail(f"{value}: {words}; {_FORMS}", param, ctx)
+        least, most = int(ends[0]), int(ends[-1])
+        if least > most:
+            words = f"{least} is more than {most}; write {most}..{least}"
+            self.fail(f"{value} is upside down: {words}.", param, ctx)
+        return BatchRange(least=least, most=most)
+
+
+_FORMS = "write a number of samples as in 64, or both ends of a range as in 8..64."
 
 
 _WHAT = (
@@ -98,6 +110,14 @@ _PLACEMENT = (
         "--stages-per-rank",
         type=SAMPLES,
         help="Times that the pipeline goes round all its devices.",
+    ),
+    click.option(
+        "--assignment",
+        type=click.Choice(["modular", "any"]),
+        default="any",
+        show_default=True,
+        help="Stage s on device s mod P of the pipeline, or on whichever is fastest; modular where "
+        "--stages-per-rank is given.",
     ),
     click.option(
         "--schedule",

@@ -3,6 +3,7 @@
 Knows the options' values. Does not know what a model or a cluster says to them.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class PlanRequest:
     replicas: int | None
     pipeline_ranks: int | None
     stages_per_rank: int | None
+    assignment: str
     schedule: str
     partition: str | None
     recompute: bool | None
@@ -64,6 +66,7 @@ class PlanRequest:
             offload_state=self.offload_state,
             offload_inputs=self.offload_inputs,
             num_buffers=self.num_buffers,
+            modular=True if self.assignment == "modular" else None,
             schedule=Schedule(self.schedule) if self.schedule in set(Schedule) else None,
         )
 
@@ -82,12 +85,21 @@ class PlanRequest:
 
     @property
     def memory_limit_bytes(self) -> int | None:
-        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+        if self.memory_limit is None:
+            return None
+        try:
+            return parse_bytes(self.memory_limit)
+        except UsageError as error:
+            raise UsageError(f"--memory-limit: {error.message}", hint=error.hint) from None
 
     def refuse_contradictions(self) -> None:
         """Raises UsageError with the first two demands that do not go together."""
-        for message, hint in (*self._about_batch(), *self._about_training(), *self._about_mesh()):
+        parts = (
+            self._about_batch(), self._about_training(), self._about_mesh(), self._about_schedule()
+        )  # fmt: skip
+        for message, hint in itertools.chain(*parts):
             raise UsageError(message, hint=hint)
+        _ = self.memory_limit_bytes
 
     def refuse_on(self, cluster: Cluster) -> None:
         """Raises UsageError with the first demand that no device of the cluster can meet."""
@@ -140,6 +152,14 @@ class PlanRequest:
             )
 
     def _about_mesh(self) -> Iterator[tuple[str, str]]:
+        factors = {"--replicas": self.replicas, "--pipeline-ranks": self.pipeline_ranks}
+        given = {option: value for option, value in factors.items() if value is not None}
+        if (devices := math.prod(given.values())) > self.gpus:
+            words = " x ".join(f"{option} {value}" for option, value in given.items())
+            yield (
+                f"{words} need {devices} devices, but --gpus is {self.gpus}",
+                f"--gpus {devices}, or fewer replicas or pipeline ranks",
+            )
         partition = int(self.partition or 0)
         if partition and self.replicas == 1:
             yield (
@@ -152,6 +172,43 @@ class PlanRequest:
                 f"{self.pipeline_ranks} of --gpus {self.gpus} leave one replica",
                 "fewer pipeline ranks, or --partition 0",
             )
+
+    def _about_schedule(self) -> Iterator[tuple[str, str]]:
+        """What only one schedule, or only others, can do."""
+        asked = f"--schedule {self.schedule}"
+        if self.schedule not in _PIPELINED and self.schedule != Schedule.PLAIN:
+            return
+        hint = f"leave one of them out, or --schedule {Schedule.LAYERED}"
+        for option, value in (
+            ("--offload-state", self.offload_state), ("--offload-inputs", self.offload_inputs)
+        ):  # fmt: skip
+            if value:
+                yield f"{option} goes with the layered schedule alone, not with {asked}", hint
+        if self.schedule == Schedule.PLAIN:
+            if (self.pipeline_ranks or 1) > 1:
+                words = f"not for --pipeline-ranks {self.pipeline_ranks}"
+                yield f"{asked} is for one pipeline rank, {words}", hint
+            return
+        if self.pipeline_ranks == 1 or self.gpus == (self.replicas or 1):
+            one = "--pipeline-ranks is 1"
+            if self.pipeline_ranks != 1:
+                one = f"--gpus {self.gpus} leave one for each of the replicas"
+            if self.gpus == 1:
+                one = "--gpus is 1"
+            yield f"{asked} is for pipelines of several ranks, but {one}", hint
+        stages, ranks, count = self.stages_per_rank, self.pipeline_ranks, self.micro_batches
+        if stages is not None and (stages > 1) is not (self.schedule in _LOOPED):
+            takes = "several stages" if self.schedule in _LOOPED else "one stage"
+            yield f"{asked} takes {takes} per rank, not --stages-per-rank {stages}", hint
+        if self.schedule == Schedule.INTERLEAVED and ranks and count and count % ranks:
+            words = f"--micro-batches {count} are no multiple of --pipeline-ranks {ranks}"
+            yield f"{asked} takes as many micro-batches as ranks at a time, but {words}", hint
+
+
+_LOOPED = (Schedule.INTERLEAVED, Schedule.HYBRID)
+"""Of several stages per rank."""
+_PIPELINED = (*_LOOPED, Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.ZERO_BUBBLE)
+"""Of several pipeline ranks."""
 
 
 def _range_text(batch: BatchRange) -> str:

@@ -195,18 +195,18 @@ def main(
         raise _no_combination(gpus, batch_size)
     predictions, refused = _predictions(traced, devices, choices, Precision(precision), limit)
     _print(predictions, devices)
-    _print_refused(refused)
-    if any(found.configuration.tensor_degree > 1 for found in predictions):
-        console.print(Text(f"note      {_NOT_RUN}"), soft_wrap=True)
+    _print_notes(predictions, refused)
     if output is not None:
         write_text(output, predictions_csv(predictions))
         console.print(Text(f"table     written to {output}"), soft_wrap=True)
 
 
-def _print_refused(refused: Mapping[str, int]) -> None:
+def _print_notes(predictions: Sequence[Predicted], refused: Mapping[str, int]) -> None:
     for reason, count in refused.items():
         words = "configuration" if count == 1 else "configurations"
         console.print(Text(f"left out  {count} {words}: {reason}"), soft_wrap=True)
+    if any(found.configuration.tensor_degree > 1 for found in predictions):
+        console.print(Text(f"note      {_NOT_RUN}"), soft_wrap=True)
 
 
 def _no_combination(gpus: int, batch_size: int | None) -> UsageError:

@@ -24,7 +24,7 @@ from planner.console import (
 )
 from planner.model_file import DEFAULT_SEQUENCE_LENGTH, load_model_file
 
-__all__ = ["ByOption", "main"]
+__all__ = ["main"]
 
 _OTHERS = {
     "--cluster": "planner.cli.profile_cluster",
@@ -33,7 +33,7 @@ _OTHERS = {
 """Option -> the module whose `main` takes the whole command line, this option included."""
 
 
-class ByOption(click.Command):
+class _ByOption(click.Command):
     """A command that hands the command line over where one of `_OTHERS` stands in it.
 
     Each of them has options and a help page of its own.
@@ -64,7 +64,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     return tuple(sorted({SAMPLES.convert(word, param, ctx) for word in value.split(",")}))
 
 
-@click.command(cls=ByOption, context_settings=HELP)
+@click.command(cls=_ByOption, context_settings=HELP)
 @click.argument("model")
 @click.option(
     "--device",

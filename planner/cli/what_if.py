@@ -14,7 +14,7 @@ from planner.errors import UsageError
 from planner.explain.changes import WhatIf
 from planner.report import parse_bytes
 
-__all__ = ["WHAT_IF_KEYS", "parse_bandwidth", "parse_what_if"]
+__all__ = ["WHAT_IF_KEYS", "parse_what_if"]
 
 _BITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _BIT_RATE = re.compile(r"([kmgt]?)(?:bps|bit/s)", re.IGNORECASE)
@@ -47,7 +47,7 @@ def parse_what_if(text: str) -> WhatIf:
     return found
 
 
-def parse_bandwidth(text: str, where: str = "", example: str = "25Gbps") -> float:
+def _parse_bandwidth(text: str, where: str = "", example: str = "25Gbps") -> float:
     """Bytes per second of `25Gbps`, `25Gbit/s` (10^9 bits) or `3.1GB/s` (10^9 bytes).
 
     Raises:
@@ -101,9 +101,9 @@ def _number(text: str, where: str, example: str) -> tuple[float, str]:
 
 _MAX_DIGITS = 20
 _KEYS: Mapping[str, tuple[str, Callable[[str, str, str], Any], str]] = {
-    "bandwidth": ("bandwidth", parse_bandwidth, "bandwidth=25Gbps"),
+    "bandwidth": ("bandwidth", _parse_bandwidth, "bandwidth=25Gbps"),
     "latency": ("latency_seconds", _parse_seconds, "latency=5us"),
-    "host-bandwidth": ("host_bandwidth", parse_bandwidth, "host-bandwidth=600GB/s"),
+    "host-bandwidth": ("host_bandwidth", _parse_bandwidth, "host-bandwidth=600GB/s"),
     "memory": ("memory_bytes", _parse_memory, "memory=40GB"),
     "gpus": ("num_devices", _count_up_to(DEVICES.most), "gpus=16"),
     "batch-size": ("global_batch_size", _count_up_to(SAMPLES.most), "batch-size=256"),

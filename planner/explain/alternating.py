@@ -161,7 +161,7 @@ class _Search:
         plain = {
             replace(
                 choice, recompute=demanded, offload_state=False, offload_inputs=False,
-                num_buffers=_NUM_BUFFERS,
+                num_buffers=self.problem.constraints.num_buffers or _NUM_BUFFERS,
             )
             for choice in choices
         }  # fmt: skip
@@ -221,7 +221,7 @@ class _Search:
         limits = self.builder.mesh_of(candidate.choice).limit_bytes
         may_choose = self.problem.constraints.recompute is None
         for _ in range(_MAX_CORRECTIONS if may_choose else 1):
-            for placement in _placements(self.schedule, candidate, split):
+            for placement in self._placements(candidate, split):
                 simulated = self.simulate(placement)
                 if simulated.fits(limits):
                     yield _Found(
@@ -239,6 +239,20 @@ class _Search:
             if flags == split.recompute:
                 return
             split = replace(split, recompute=flags)
+
+    def _placements(self, candidate: _Candidate, split: Split) -> Iterator[Placement]:
+        """With buffers for all of a rank's stages, as alternating orders come back to each of them;
+        and with fewer, where the weights are gathered for each stay. As many as are demanded."""
+        placement = replace(
+            placement_of(candidate.choice, split),
+            schedule=self.schedule,
+            group_size=candidate.group_size,
+        )
+        sizes = [placement.num_weight_buffers]
+        if self.problem.constraints.num_buffers is None:
+            sizes.insert(0, candidate.choice.stages_per_rank)
+        for size in dict.fromkeys(sizes):
+            yield replace(placement, num_weight_buffers=size, num_gradient_buffers=size)
 
     def _improved(self, found: _Found) -> _Found:
         """With other boundaries, if those are faster."""
@@ -266,18 +280,6 @@ def _other_splits(instance: Instance) -> Iterator[tuple[int, ...]]:
     yield balanced_split(instance.time, stages)
     yield greedy_split(instance.time, stages)
     yield uniform_split(instance.num_layers, stages)
-
-
-def _placements(schedule: Schedule, candidate: _Candidate, split: Split) -> Iterator[Placement]:
-    """With buffers for all of a rank's stages, as alternating orders come back to each of them; and
-    with fewer, where the weights are gathered for each stay."""
-    placement = replace(
-        placement_of(candidate.choice, split), schedule=schedule, group_size=candidate.group_size
-    )
-    for num_buffers in dict.fromkeys(
-        (candidate.choice.stages_per_rank, placement.num_weight_buffers)
-    ):
-        yield replace(placement, num_weight_buffers=num_buffers, num_gradient_buffers=num_buffers)
 
 
 def _group_sizes(schedule: Schedule, choice: Choice) -> tuple[int, ...]:

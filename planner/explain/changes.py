@@ -14,13 +14,23 @@ from planner.errors import LgaError
 from planner.explain.types import PlannerFor, Resolved, Tell, limits_of, simulator, tell_nobody
 from planner.solve import Placement, Problem
 
-__all__ = ["ClusterAt", "WhatIf", "changed", "grown", "offers", "resolve", "slowest_link"]
+__all__ = [
+    "NO_LIMIT",
+    "ClusterAt",
+    "WhatIf",
+    "changed",
+    "grown",
+    "offers",
+    "resolve",
+    "slowest_link",
+]
 
 ClusterAt = Callable[[int], Cluster]
 """The user's cluster with so many devices."""
 _GIGABYTE = 10**9
 _GIGABIT = 1e9 / 8
-_NO_LIMIT = 2**62
+NO_LIMIT = 2**62
+"""Bytes of memory that nothing needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +119,7 @@ def resolve(
         best = solution.step_seconds, solution.placement
     except LgaError as error:
         why = error.message
-    if known is not None and known.world_size <= problem.cluster.num_devices:
+    if known is not None and known.world_size <= problem.num_devices:
         found = simulate(known)
         is_same_batch = known.global_batch_size == problem.global_batch_size
         fits = found.fits(limits_of(problem, known))
@@ -170,7 +180,7 @@ def _more(
         return lambda: changed(problem, WhatIf(bandwidth=rate))
 
     yield "1 GB more memory per device", lambda: _with_memory(problem, _GIGABYTE)
-    yield "no memory limit", lambda: replace(problem, memory_limit_bytes=_NO_LIMIT)
+    yield "no memory limit", lambda: replace(problem, memory_limit_bytes=NO_LIMIT)
     yield "1 device more", devices(number + 1)
     if host > 1:
         yield f"1 host of {host} devices more", devices(number + host)

@@ -13,11 +13,15 @@ from typing import Any
 
 from planner.any_schedule import solve_any
 from planner.errors import InfeasibleError, LgaError
+from planner.explain.demands import meets
 from planner.schedules import Schedule
 from planner.solve import Constraints, Placement, Problem, Simulated
 from planner.solve.choices import divisors
 
 __all__ = ["FAMILIES", "Axis", "Family", "FamilyResult", "best_of_family", "contains"]
+
+_NUMBERS = {2: "two", 4: "four"}
+"""Of devices, in words."""
 
 
 class Axis(StrEnum):
@@ -40,29 +44,57 @@ class Family:
     """None: any."""
     constraints: Constraints = field(default_factory=Constraints)
     """What all its plans have in common, beside what the problem demands."""
-    is_both: bool = False
-    """Several replicas and several pipeline ranks."""
+    least_ranks: int = 1
+    """Pipeline ranks of a replica, of every plan of it."""
+    least_replicas: int = 1
+
+    @property
+    def least_devices(self) -> int:
+        """Below which it has no plan."""
+        return self.least_ranks * self.least_replicas
+
+    @property
+    def is_both(self) -> bool:
+        """Several replicas and several pipeline ranks, of no particular number."""
+        return self.least_ranks > 1 and self.least_replicas > 1
 
 
-def _family(name: str, axis: Axis, schedule: Schedule | None = None, **common: Any) -> Family:
-    return Family(name=name, axis=axis, schedule=schedule, constraints=Constraints(**common))
+def _family(
+    name: str,
+    axis: Axis,
+    schedule: Schedule | None = None,
+    *,
+    least_ranks: int = 1,
+    least_replicas: int = 1,
+    **common: Any,
+) -> Family:
+    return Family(
+        name=name,
+        axis=axis,
+        schedule=schedule,
+        constraints=Constraints(**common),
+        least_ranks=least_ranks,
+        least_replicas=least_replicas,
+    )
 
 
 FAMILIES: tuple[Family, ...] = (
-    _family("data parallel only", Axis.PARALLELISM, num_pipeline_ranks=1),
-    _family("pipeline only", Axis.PARALLELISM, num_replicas=1),
-    Family(name="data and pipeline", axis=Axis.PARALLELISM, is_both=True),
+    _family("data parallel only", Axis.PARALLELISM, num_pipeline_ranks=1, least_replicas=2),
+    _family("pipeline only", Axis.PARALLELISM, num_replicas=1, least_ranks=2),
+    _family("data and pipeline", Axis.PARALLELISM, least_replicas=2, least_ranks=2),
     _family("layered", Axis.SCHEDULE, Schedule.LAYERED),
     _family("plain accumulation", Axis.SCHEDULE, Schedule.PLAIN, num_pipeline_ranks=1),
-    _family("GPipe", Axis.SCHEDULE, Schedule.GPIPE, stages_per_rank=1),
-    _family("1F1B", Axis.SCHEDULE, Schedule.ONE_F_ONE_B, stages_per_rank=1),
-    _family("interleaved", Axis.SCHEDULE, Schedule.INTERLEAVED),
-    _family("hybrid", Axis.SCHEDULE, Schedule.HYBRID),
-    _family("zero bubble (ZB-H1)", Axis.SCHEDULE, Schedule.ZERO_BUBBLE, stages_per_rank=1),
+    _family("GPipe", Axis.SCHEDULE, Schedule.GPIPE, stages_per_rank=1, least_ranks=2),
+    _family("1F1B", Axis.SCHEDULE, Schedule.ONE_F_ONE_B, stages_per_rank=1, least_ranks=2),
+    _family("interleaved", Axis.SCHEDULE, Schedule.INTERLEAVED, least_ranks=2),
+    _family("hybrid", Axis.SCHEDULE, Schedule.HYBRID, least_ranks=2),
+    _family(
+        "zero bubble (ZB-H1)", Axis.SCHEDULE, Schedule.ZERO_BUBBLE, stages_per_rank=1, least_ranks=2
+    ),
     _family("whole state", Axis.STATE, partition=0),
-    _family("optimizer partitioned (1)", Axis.STATE, partition=1),
-    _family("and gradients (2)", Axis.STATE, partition=2),
-    _family("and weights (3)", Axis.STATE, partition=3),
+    _family("optimizer partitioned (1)", Axis.STATE, partition=1, least_replicas=2),
+    _family("and gradients (2)", Axis.STATE, partition=2, least_replicas=2),
+    _family("and weights (3)", Axis.STATE, partition=3, least_replicas=2),
     _family("no recompute", Axis.RECOMPUTE, recompute=False),
     _family("recompute all", Axis.RECOMPUTE, recompute=True),
     _family("no offload", Axis.OFFLOAD, offload_state=False, offload_inputs=False),
@@ -96,6 +128,9 @@ def best_of_family(
     The problem is solved as it is itself, under the family's constraints. `simulate` is the
     problem's own; the limit is for the search, the simulations included.
     """
+    if problem.num_devices < family.least_devices:
+        why = f"needs {_NUMBERS[family.least_devices]} devices"
+        return FamilyResult(family=family, placement=None, step_seconds=None, why_none=why)
     best: FamilyResult | None = None
     why = "no mesh has several replicas and several pipeline ranks" if family.is_both else ""
     try:
@@ -116,24 +151,11 @@ def best_of_family(
 
 def contains(family: Family, placement: Placement) -> bool:
     """Whether a placement is one of the family's plans."""
-    wanted = family.constraints
-    is_single = placement.num_replicas == 1 or placement.num_pipeline_ranks == 1
-    given: dict[str, object] = {
-        "num_replicas": placement.num_replicas,
-        "num_pipeline_ranks": placement.num_pipeline_ranks,
-        "stages_per_rank": placement.num_stages / placement.num_pipeline_ranks,
-        "partition": placement.partition,
-        "offload_state": placement.offload_state,
-        "offload_inputs": placement.offload_inputs,
-    }
-    if wanted.recompute is not None and placement.recompute != (
-        (wanted.recompute,) * placement.num_stages
-    ):
-        return False
     return (
         family.schedule in (None, placement.schedule)
-        and not (family.is_both and is_single)
-        and all(getattr(wanted, name) in (None, value) for name, value in given.items())
+        and placement.num_replicas >= family.least_replicas
+        and placement.num_pipeline_ranks >= family.least_ranks
+        and meets(family.constraints, placement)
     )
 
 

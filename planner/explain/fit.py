@@ -45,7 +45,8 @@ def first_fit(
 ) -> Placement | None:
     """A placement whose simulated peak is within every rank's limit, or None.
 
-    None also where the demands contradict each other, or the model cannot be traced.
+    None also where the demands contradict each other, or the model cannot be traced. Something is
+    tried whatever the time limit, so that it is found without a limit of memory.
     """
     clock = Clock(limit_seconds=time_limit_seconds)
     demanded = problem.constraints.schedule
@@ -55,7 +56,8 @@ def first_fit(
             if found is not None:
                 return found
         for schedule in _LEAN if demanded is None else (demanded,):
-            if clock.left > 0 and schedule is not Schedule.LAYERED:
+            has_time = clock.left > 0 or schedule is demanded
+            if has_time and schedule is not Schedule.LAYERED:
                 limited = replace(problem, time_limit_seconds=clock.left)
                 with suppress(InfeasibleError):
                     return search_schedule(limited, simulate, schedule)[0]
@@ -71,6 +73,7 @@ def _layered(
     num_layers = sizes.count_layers()
     check_problem(problem, num_layers)
     groups = mesh_groups(problem, num_layers, accepts=sizes.accepts)
+    tried = 0
     for _, choices in zip(range(_MAX_GROUPS), groups, strict=False):
         accepted = [choice for choice in choices if sizes.accepts(choice.micro_batch_size)]
         roomy = []
@@ -79,8 +82,9 @@ def _layered(
             possible = [i for i in instances if least_rank_units(i) <= max(i.limit_units)]
             roomy += by_headroom(possible)[:MAX_TRIES]
         for make, instance in itertools.product((lean_split, _searched_split), roomy):
-            if clock.left <= 0:
+            if tried and clock.left <= 0:
                 return None
+            tried += 1
             found = _fitting(problem, instance, make, simulate)
             if found is not None:
                 return found

@@ -1,35 +1,40 @@
 """The smallest single changes that make an infeasible problem feasible, each solved again.
 
-A change counts only if a plan is found under it whose simulated peak fits. Changes of what
-was demanded (recomputation, partition, micro-batches, ...) cost nothing but time and come first;
-then those of memory, devices and batch, the relatively smallest first. This module knows what can
-be changed. It does not know why nothing fits.
+A change counts only if a plan is found under it whose simulated peak fits, and only if that plan is
+none for the problem as it is. Changes of what was demanded (recomputation, partition,
+micro-batches, ...) cost nothing but time and come first; then those of memory, devices and batch,
+the relatively smallest first. This module knows what can be changed. It does not know why nothing
+fits.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from planner.any_schedule import solve_any
 from planner.errors import InfeasibleError, LgaError
-from planner.explain.changes import ClusterAt, WhatIf, changed
+from planner.explain.changes import NO_LIMIT, ClusterAt, WhatIf, changed
+from planner.explain.demands import Describe, batch_words, device_words, meets, withdrawn
 from planner.explain.fit import first_fit
-from planner.explain.types import PlannerFor, simulator
-from planner.solve import Constraints, Placement, Problem
+from planner.explain.types import PlannerFor, limits_of, simulator
+from planner.solve import Placement, Problem
 from planner.solve.choices import divisors
 from planner.solve.entry import Clock
-from planner.solve.infeasible import format_bytes, least_memory
+from planner.solve.infeasible import format_bytes
 
 __all__ = ["Remedy", "find_remedies", "with_remedies"]
 
-_LEAST_KIND_SECONDS = 2.0
-_LEAST_SOLVE_SECONDS, _MAX_SOLVE_SECONDS = 2.0, 4.0
+_LEAST_SECONDS, _MOST_SECONDS = 1.0, 4.0
+"""For one problem that is asked whether anything fits."""
+_SHARES = {"memory": 0.4, "choices": 0.2, "devices": 0.1, "batch": 0.1}
+"""Of the time limit, for whether anything fits under changes of a kind; what is left of it is for
+faster plans under those that were found."""
 _MAX_BATCHES = 5
 _PRECISION = 0.05
 """Relative, of the smallest memory."""
-_MORE_MEMORY = (1.0, 1.05, 1.15, 1.4, 2.0, 4.0)
-"""Times what the memory model asks for."""
+_MORE_MEMORY = (1.0, 1.03, 1.1, 1.3, 2.0, 4.0)
+"""Times what a plan takes without a limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,20 +75,31 @@ def find_remedies(
 ) -> tuple[Remedy, ...]:
     """Single changes that make an infeasible problem feasible, the smallest first.
 
-    Each kind of change is tried from its smallest on, and gets its part of the time limit.
+    Each kind of change is tried from its smallest on, and gets its part of the time limit. Enough
+    memory is named whatever the limit, unless no memory is enough.
     """
-    search = _Search(
-        problem=problem,
-        planner_for=planner_for,
-        cluster_at=cluster_at,
-        clock=Clock(limit_seconds=time_limit_seconds),
-    )
-    kinds = (search.memory, search.choices, search.devices, search.batch)
-    found: list[Remedy] = []
-    for number, kind in enumerate(kinds):
-        search.begin(search.clock.left / (len(kinds) - number))
-        found += kind()
-    return tuple(sorted(found, key=lambda remedy: (remedy.size, remedy.step_seconds)))
+    clock = Clock(limit_seconds=time_limit_seconds)
+    search = _Search(problem=problem, planner_for=planner_for, cluster_at=cluster_at, clock=clock)
+    kinds = {
+        "memory": search.memory, "choices": search.choices,
+        "devices": search.devices, "batch": search.batch,
+    }  # fmt: skip
+    fits: list[_Fit] = []
+    for name, share in _SHARES.items():
+        search.deadline = clock.spent + share * time_limit_seconds
+        fits += kinds[name]()
+    solved = (search.solved(fit, len(fits) - number) for number, fit in enumerate(fits))
+    return tuple(sorted(solved, key=lambda remedy: (remedy.size, remedy.step_seconds)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    """A change, and any plan that fits under it."""
+
+    problem: Problem
+    placement: Placement
+    describe: Describe
+    size: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,59 +111,57 @@ class _Search:
     deadline: float = field(default=0.0)
     """Of the kind of change at hand."""
 
-    def begin(self, seconds: float) -> None:
-        """Another kind of change, for so long, but long enough for one try of it."""
-        least = min(self.clock.limit_seconds, _LEAST_KIND_SECONDS)
-        self.deadline = self.clock.spent + max(least, seconds)
-
-    def choices(self) -> Iterator[Remedy]:
-        """Each demand withdrawn, or offload asked for."""
-        tried = list(self._freed())
+    def choices(self) -> Iterator[_Fit]:
+        """Each demand withdrawn."""
+        tried = list(withdrawn(self.problem.constraints))
         for number, (constraints, describe) in enumerate(tried):
             problem = replace(self.problem, constraints=constraints)
-            yield from self._remedy(problem, describe, 0.0, among=len(tried) - number)
+            yield from self._fits(problem, describe, among=len(tried) - number)
 
-    def _freed(self) -> Iterator[tuple[Constraints, Callable[[Placement], str]]]:
-        wanted = self.problem.constraints
-        for names, describe in _DEMANDS:
-            if any(getattr(wanted, name) is not None for name in names):
-                yield replace(wanted, **dict.fromkeys(names)), describe
-        if wanted.offload_state is None:
-            yield replace(wanted, offload_state=True), _offload
-        if wanted.offload_inputs is None:
-            yield replace(wanted, offload_inputs=True), _offload
-
-    def memory(self) -> Iterator[Remedy]:
-        """The smallest limit under which a plan was found."""
-        seconds = self._left
-        try:
-            asked = least_memory(self.problem)
-        except LgaError:
+    def memory(self) -> Iterator[_Fit]:
+        """The smallest limit under which a plan was found. Where that plan needs no more than there
+        is, the search was too short."""
+        found = self._enough()
+        if found is None:
             return
-        self.begin(seconds)
-        known: Remedy | None = None
-        for number, factor in enumerate(_MORE_MEMORY):
-            known = self._with_memory(math.ceil(asked * factor), len(_MORE_MEMORY) - number)
-            if known is not None or self._left <= 0:
-                break
-        if known is None:
-            return
+        enough, placement = found
         low = self._own_limit
-        while self._left > 0:
-            high = known.problem.memory_limit_bytes or 0
-            if high - low <= _PRECISION * high:
-                break
-            middle = (low + high) // 2
-            better = self._with_memory(middle, 2)
+        while (left := self.deadline - self.clock.spent) > 0 and not _is_near(low, enough):
+            middle = (low + enough) // 2
+            better = self._with_memory(middle, max(_LEAST_SECONDS, left / 3))
             if better is None:
                 low = middle
             else:
-                known = better
-        words, size = known.words, known.size
-        solved = self._remedy(known.problem, lambda _: words, size, among=1)
-        yield next(iter(solved), known)
+                enough, placement = middle, better
+        if self._answers(placement):
+            late = "a longer --time-limit, as a plan fits already"
+            yield _Fit(problem=self.problem, placement=placement, describe=lambda _: late)
+            return
+        enough = _round_up(enough)
+        words = self._memory_words(enough) + ("" if _is_near(low, enough) else ", perhaps less")
+        yield _Fit(
+            problem=replace(self.problem, memory_limit_bytes=enough),
+            placement=placement,
+            describe=lambda _: words,
+            size=enough / self._own_limit - 1,
+        )
 
-    def devices(self) -> Iterator[Remedy]:
+    def _enough(self) -> tuple[int, Placement] | None:
+        """A limit under which a plan is found, near what one takes without any limit: by the memory
+        model a plan may need a little more than by the simulator."""
+        placement = self._with_memory(NO_LIMIT, _MOST_SECONDS)
+        if placement is None:
+            return None
+        problem = replace(self.problem, memory_limit_bytes=NO_LIMIT)
+        peak = max(simulator(self.planner_for(problem))(placement).peak_bytes)
+        for factor in _MORE_MEMORY:
+            enough = _round_up(math.ceil(factor * peak))
+            found = self._with_memory(enough, _LEAST_SECONDS)
+            if found is not None:
+                return enough, found
+        return None
+
+    def devices(self) -> Iterator[_Fit]:
         """The fewest more that were found to be enough."""
         number = self.problem.num_devices
         host = max(host.num_devices for host in self.problem.cluster.hosts)
@@ -157,146 +171,98 @@ class _Search:
                 problem = changed(self.problem, WhatIf(num_devices=count), self.cluster_at)
             except LgaError:
                 continue
-            among = len(counts) - index
-            found = list(self._remedy(problem, _devices, count / number - 1, among=among))
+            among, size = len(counts) - index, count / number - 1
+            found = list(self._fits(problem, device_words, size, among=among))
             if found:
                 yield from found
                 return
 
-    def batch(self) -> Iterator[Remedy]:
-        """The largest smaller batch that was found to fit, of a few."""
+    def batch(self) -> Iterator[_Fit]:
+        """The largest smaller batch that was found to fit, of a few and of the smallest."""
         batch = self.problem.global_batch_size
-        smaller = [count for count in divisors(batch)[::-1] if count < batch][:_MAX_BATCHES]
+        smaller = [count for count in divisors(batch)[::-1] if count < batch]
+        smaller = smaller[:_MAX_BATCHES] + smaller[_MAX_BATCHES:][-1:]
         for index, count in enumerate(smaller):
             problem = replace(self.problem, global_batch_size=count)
-            among = len(smaller) - index
-            found = list(self._remedy(problem, _batch, batch / count - 1, among=among))
+            among, size = len(smaller) - index, batch / count - 1
+            found = list(self._fits(problem, batch_words, size, among=among))
             if found:
                 yield from found
                 return
 
-    @property
-    def _left(self) -> float:
-        return self.deadline - self.clock.spent
-
-    @property
-    def _own_limit(self) -> int:
-        limit, cluster = self.problem.memory_limit_bytes, self.problem.cluster
-        devices = (host.device for host in cluster.hosts)
-        return limit or min(device.usable_bytes for device in devices)
-
-    def _with_memory(self, num_bytes: int, among: int) -> Remedy | None:
-        """With so much per device, rounded up to what words can say."""
-        enough = _round_up(num_bytes)
-        problem = replace(self.problem, memory_limit_bytes=enough)
-        words = f"a memory limit of {format_bytes(enough)} per device"
-        size = enough / self._own_limit - 1
-        found = self._remedy(problem, lambda _: words, size, among=among, solves=False)
-        return next(iter(found), None)
-
-    def _remedy(
-        self,
-        problem: Problem,
-        describe: Callable[[Placement], str],
-        size: float,
-        *,
-        among: int,
-        solves: bool = True,
-    ) -> Iterator[Remedy]:
-        """The changed problem's solution, if it has one; the time left is for so many problems.
-
-        Without `solves` it is any plan that fits.
-        """
-        if self._left <= 0:
-            return
-        simulate = simulator(self.planner_for(problem))
-        seconds = min(_MAX_SOLVE_SECONDS, max(_LEAST_SOLVE_SECONDS, self._left / among))
-        placement = first_fit(problem, simulate, time_limit_seconds=seconds)
-        if placement is None:
-            return
-        if solves:
-            limited = replace(problem, time_limit_seconds=seconds)
+    def solved(self, fit: _Fit, among: int) -> Remedy:
+        """The changed problem's best plan, where it is found in a share of the time that is left;
+        else the one known."""
+        simulate = simulator(self.planner_for(fit.problem))
+        placement, seconds = fit.placement, self.clock.left / among
+        if seconds > 0:
+            limited = replace(fit.problem, time_limit_seconds=min(_MOST_SECONDS, seconds))
             with suppress(LgaError):
-                placement = solve_any(limited, simulate).placement
-        yield Remedy(
-            words=describe(placement),
-            size=size,
-            problem=problem,
+                better = solve_any(limited, simulate).placement
+                if not self._answers(better) and (
+                    simulate(better).step_seconds < simulate(placement).step_seconds
+                ):
+                    placement = better
+        return Remedy(
+            words=fit.describe(placement),
+            size=fit.size,
+            problem=fit.problem,
             placement=placement,
             step_seconds=simulate(placement).step_seconds,
         )
 
+    @property
+    def _own_limit(self) -> int:
+        limit, cluster = self.problem.memory_limit_bytes, self.problem.cluster
+        return limit or min(host.device.usable_bytes for host in cluster.hosts)
 
-def _recompute(placement: Placement) -> str:
-    if all(placement.recompute):
-        return "recompute the activations"
-    return f"recompute the activations of {sum(placement.recompute)} stages"
+    def _memory_words(self, enough: int) -> str:
+        """As `--memory-limit` where the devices have it."""
+        devices = [host.device for host in self.problem.cluster.hosts]
+        if all(enough <= device.usable_bytes for device in devices):
+            return f"a memory limit of {format_bytes(enough)} per device"
+        return f"devices with {format_bytes(enough)} of usable memory each"
 
+    def _with_memory(self, num_bytes: int, seconds: float) -> Placement | None:
+        """A plan that fits in so much per device."""
+        problem = replace(self.problem, memory_limit_bytes=num_bytes)
+        simulate = simulator(self.planner_for(problem))
+        return first_fit(problem, simulate, time_limit_seconds=min(_MOST_SECONDS, seconds))
 
-def _partition(placement: Placement) -> str:
-    return f"partition level {placement.partition}"
+    def _fits(
+        self, problem: Problem, describe: Describe, size: float = 0.0, *, among: int
+    ) -> Iterator[_Fit]:
+        """Whether anything fits under a change; the kind's time left is for so many of them."""
+        left = self.deadline - self.clock.spent
+        if left <= 0:
+            return
+        simulate = simulator(self.planner_for(problem))
+        seconds = min(_MOST_SECONDS, max(_LEAST_SECONDS, left / among))
+        placement = first_fit(problem, simulate, time_limit_seconds=seconds)
+        if placement is not None and not self._answers(placement):
+            yield _Fit(problem=problem, placement=placement, describe=describe, size=size)
 
-
-def _micro_batches(placement: Placement) -> str:
-    return (
-        f"{placement.num_micro_batches} micro-batches of {placement.micro_batch_size} per replica"
-    )
-
-
-def _stages(placement: Placement) -> str:
-    loops = placement.num_stages // placement.num_pipeline_ranks
-    return f"{_counted(loops, 'stage')} per rank"
-
-
-def _mesh(placement: Placement) -> str:
-    replicas = _counted(placement.num_replicas, "replica")
-    return f"{replicas} x {_counted(placement.num_pipeline_ranks, 'pipeline rank')}"
-
-
-def _offload(placement: Placement) -> str:
-    names = ["state"] * placement.offload_state + ["stored inputs"] * placement.offload_inputs
-    return f"offload {' and '.join(names)} to host memory"
-
-
-def _schedule(placement: Placement) -> str:
-    return f"the {placement.schedule.value} schedule"
-
-
-def _buffers(placement: Placement) -> str:
-    return f"pools of {placement.num_weight_buffers} buffers"
-
-
-def _devices(placement: Placement) -> str:
-    return f"{placement.world_size} devices ({_mesh(placement)})"
+    def _answers(self, placement: Placement) -> bool:
+        """Whether it is a plan for the problem as it is, so that the change alters nothing."""
+        own = self.problem
+        return (
+            placement.world_size <= own.num_devices
+            and placement.global_batch_size == own.global_batch_size
+            and meets(own.constraints, placement)
+            and simulator(self.planner_for(own))(placement).fits(limits_of(own, placement))
+        )
 
 
-def _batch(placement: Placement) -> str:
-    return f"a global batch of {placement.global_batch_size} samples"
-
-
-_DEMANDS: tuple[tuple[tuple[str, ...], Callable[[Placement], str]], ...] = (
-    (("recompute",), _recompute),
-    (("partition",), _partition),
-    (("micro_batch_size", "num_micro_batches"), _micro_batches),
-    (("stages_per_rank",), _stages),
-    (("num_replicas", "num_pipeline_ranks"), _mesh),
-    (("offload_state",), _offload),
-    (("offload_inputs",), _offload),
-    (("num_buffers",), _buffers),
-    (("schedule",), _schedule),
-)
-"""Constraints that are withdrawn together, and what the plan found has instead."""
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
+def _is_near(low: int, high: int) -> bool:
+    return high - low <= _PRECISION * high
 
 
 def _round_up(num_bytes: int) -> int:
-    """To hundredths of the unit that `format_bytes` prints, so that the printed figure is true."""
+    """To hundredths of the unit that `format_bytes` prints, so that the printed figure is enough
+    when it is typed."""
     for unit in (2**30, 2**20, 2**10):
         if num_bytes >= 4 * unit:
-            return math.ceil(math.ceil(num_bytes * 100 / unit) * unit / 100)
+            return math.ceil(num_bytes * 100 / unit) * unit // 100
     return num_bytes
 
 

@@ -59,21 +59,9 @@ def lower(
         UsageError: the schedule does not go with the placement, the order lacks a step, or a rank
             has no stage.
     """
-    _require_stages(placement)
-    if placement.num_replicas == 1 and placement.partition:
-        placement = replace(placement, partition=0)
-    if order is None:
-        order = order_of(placement)
-    else:
-        require_complete(order, placement)
-        placement = replace(placement, schedule=Schedule.CUSTOM)
+    placement, order = _settled(placement, order)
     context = _context(graph, profile, cluster, placement, options)
-    is_training = placement.schedule is not Schedule.FORWARD
-    programs, pools = _programs(context, order, is_training=is_training)
-    evaluation: tuple[tuple[Instruction, ...], ...] = ()
-    if is_training:
-        evaluation, more = _programs(context, forward_order(placement), is_training=False)
-        pools = [_larger(one, other) for one, other in zip(pools, more, strict=True)]
+    programs, evaluation, pools = _all_programs(context, order)
     table = BufferTable(graph, placement, options, context.stages, context.units)
     specs = graph.tensor_specs
     return Plan(
@@ -105,6 +93,17 @@ def lower(
         module_buffer_bytes=graph.buffer_bytes + _kept_buffer_bytes(profile, placement),
         layout=placement.layout,
     )
+
+
+def _settled(placement: Placement, order: Order | None) -> tuple[Placement, Order]:
+    """The placement as it is run, and the order of its compute steps."""
+    _require_stages(placement)
+    if placement.num_replicas == 1 and placement.partition:
+        placement = replace(placement, partition=0)
+    if order is None:
+        return placement, order_of(placement)
+    require_complete(order, placement)
+    return replace(placement, schedule=Schedule.CUSTOM), order
 
 
 def _require_stages(placement: Placement) -> None:
@@ -171,9 +170,26 @@ def _context(
     )
 
 
+_Programs = tuple[tuple[Instruction, ...], ...]
+"""Of every rank."""
+
+
+def _all_programs(
+    context: _Context, order: Order
+) -> tuple[_Programs, _Programs, list[dict[str, Unit]]]:
+    """Of the step and, where it trains, of an evaluation; and the unit of each pool buffer."""
+    is_training = context.placement.schedule is not Schedule.FORWARD
+    programs, pools = _programs(context, order, is_training=is_training)
+    if not is_training:
+        return programs, (), pools
+    forward = forward_order(context.placement)
+    evaluation, more = _programs(context, forward, is_training=False)
+    return programs, evaluation, [_larger(*pair) for pair in zip(pools, more, strict=True)]
+
+
 def _programs(
     context: _Context, order: Order, *, is_training: bool
-) -> tuple[tuple[tuple[Instruction, ...], ...], list[dict[str, Unit]]]:
+) -> tuple[_Programs, list[dict[str, Unit]]]:
     """The program of every rank, and the unit that each buffer of its pools must hold."""
     routes = {route.tensor: route for route in context.routes}
     templates = [

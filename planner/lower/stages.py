@@ -42,7 +42,7 @@ class StageMaker:
         first, last = placement.boundaries[index], placement.boundaries[index + 1]
         layers = self._profile.layers[first:last]
         rank, recompute = placement.stage_ranks[index], placement.recompute[index]
-        forward, backward, backward_weight = self._seconds(index)
+        forward, again, backward, backward_weight = self._seconds(index)
         nodes = self._graph.layers[first:last]
         names = {name for layer in layers for name in layer.saved_tensors}
         names -= set(code.mutated_inputs)  # backward reads the stage's own copies of them
@@ -67,6 +67,7 @@ class StageMaker:
             ),
             forward_seconds=forward,
             backward_seconds=backward,
+            recompute_seconds=again if recompute else None,
             backward_weight_seconds=backward_weight,
             saved_bytes=memory.saved_bytes,
             forward_transient_bytes=(
@@ -76,10 +77,11 @@ class StageMaker:
             backward_transient_bytes=memory.backward_transient_bytes,
         )
 
-    def _seconds(self, index: int) -> tuple[float, float, float]:
-        """Forward, backward, and of the latter the part that makes gradients of parameters.
+    def _seconds(self, index: int) -> tuple[float, float, float, float]:
+        """Forward, recompute, backward, and of that the part that makes gradients of parameters.
 
-        That part is the profile's where it has one, else modelled: half of backward where a
+        A recompute takes what was measured, else as long as the forward, without messages. The
+        part of backward is the profile's where it has one, else modelled: half of backward where a
         parameter is trained, as the two products of a linear layer's backward are equal. Replicas
         wait for each other in the end, so a layer takes what it takes on the slowest of them.
         """
@@ -95,14 +97,17 @@ class StageMaker:
             max((layer_seconds(self._profile.layers[layer], device) for device in devices), key=sum)
             for layer in layers
         ]
-        backward_weight = []
-        for layer, (_, backward) in zip(layers, seconds, strict=True):
+        again, backward_weight = [], []
+        for layer, (forward, backward) in zip(layers, seconds, strict=True):
+            measured = self._profile.layers[layer].recompute_seconds
+            again.append(forward if measured is None else measured)
             known = self._profile.layers[layer].backward_weight_seconds
             trains = not self._trainable.isdisjoint(self._graph.layers[layer].parameters)
             modelled = backward / 2 if trains else 0.0
             backward_weight.append(modelled if known is None else min(known, backward))
         return (
             math.fsum(forward for forward, _ in seconds) + messages[0],
+            math.fsum(again),
             math.fsum(backward for _, backward in seconds) + messages[1],
             math.fsum(backward_weight),
         )

@@ -15,11 +15,12 @@ from planner.errors import ModelFileError
 
 __all__ = ["ModelFile", "check_contract", "model_from_functions"]
 
-_OPTIONAL = ("loss_fn", "build_optimizer", "build_scheduler", "build_dataset")
+_OPTIONAL = ("loss_fn", "loss_weight", "build_optimizer", "build_scheduler", "build_dataset")
 _SIGNATURES = {
     "build_model": "build_model() -> torch.nn.Module",
     "example_batch": "example_batch(batch_size) -> dict[str, torch.Tensor]",
     "loss_fn": "loss_fn(output, batch) -> torch.Tensor",
+    "loss_weight": "loss_weight(batch) -> torch.Tensor",
     "build_optimizer": "build_optimizer(parameters) -> torch.optim.Optimizer",
     "build_scheduler": "build_scheduler(optimizer)",
     "build_dataset": "build_dataset() -> torch.utils.data.Dataset",
@@ -38,6 +39,8 @@ class ModelFile:
     example_batch: Callable[[int], dict[str, torch.Tensor]]
     loss_fn: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor] | None = None
     """None where the model returns its loss."""
+    loss_weight: Callable[[Mapping[str, torch.Tensor]], torch.Tensor | float] | None = None
+    """How much a micro-batch counts in the step's loss: its tokens, say. None: all count alike."""
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     build_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     build_dataset: Callable[[], Any] | None = None
@@ -51,6 +54,7 @@ def model_from_functions(
     example_batch: Callable[[int], dict[str, torch.Tensor]],
     *,
     loss_fn: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor] | None = None,
+    loss_weight: Callable[[Mapping[str, torch.Tensor]], torch.Tensor | float] | None = None,
     name: str = "",
     layers: tuple[str, ...] = (),
 ) -> ModelFile:
@@ -64,6 +68,7 @@ def model_from_functions(
         build_model=builder,
         example_batch=example_batch,
         loss_fn=loss_fn,
+        loss_weight=loss_weight,
         layers=layers,
     )
 

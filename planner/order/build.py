@@ -13,7 +13,7 @@ from planner.lower.routes import Route
 from planner.order.memory import units_of
 from planner.order.operations import Hop, Operations, Sequences
 from planner.plan.dependencies import partial_order
-from planner.plan.types import Opcode, Plan
+from planner.plan.types import Opcode, Plan, StagePlan
 from planner.schedule import ComputeStep, Order
 from planner.schedule.order import backward_steps, forward_step
 from planner.simulate.durations import Durations
@@ -139,12 +139,16 @@ def _seconds(plan: Plan, durations: Durations) -> _Seconds:
                 found[source, target] = seconds
     return _Seconds(
         forward=[stage.forward_seconds for stage in plan.stages],
-        rebuild=[stage.forward_seconds if stage.recompute else 0.0 for stage in plan.stages],
+        rebuild=[_rebuild_seconds(stage) if stage.recompute else 0.0 for stage in plan.stages],
         backward=[stage.backward_seconds for stage in plan.stages],
         update=_updates(plan, durations),
         arrivals=[_Hop(source=s, target=t, seconds=n) for (s, t), n in arrivals.items()],
         returns=[_Hop(source=s, target=t, seconds=n) for (s, t), n in returns.items()],
     )
+
+
+def _rebuild_seconds(stage: StagePlan) -> float:
+    return stage.forward_seconds if stage.recompute_seconds is None else stage.recompute_seconds
 
 
 def _routes(plan: Plan) -> Iterable[tuple[Route, int]]:

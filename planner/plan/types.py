@@ -200,6 +200,8 @@ class StagePlan:
     """Predicted for one micro-batch."""
     backward_seconds: float = 0.0
     """Predicted for one micro-batch, recompute not included."""
+    recompute_seconds: float | None = None
+    """Predicted for one micro-batch's RECOMPUTE, which sends nothing; None: as its forward."""
     backward_weight_seconds: float = 0.0
     """The part of it that BACKWARD_WEIGHT takes."""
     saved_bytes: int = 0

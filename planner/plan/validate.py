@@ -160,6 +160,8 @@ def _table_problems(plan: Plan) -> Iterator[str]:
             yield f"{what} has a negative size"
         if not (0 <= stage.forward_seconds < 1e9 and 0 <= stage.backward_seconds < 1e9):
             yield f"{what} has an impossible duration"
+        if not 0 <= (stage.recompute_seconds or 0.0) < 1e9:
+            yield f"{what} has an impossible duration of its recompute"
         if not 0 <= stage.backward_weight_seconds <= stage.backward_seconds:
             yield f"{what} has a backward of weights that takes longer than its backward"
     for unit in plan.units:

@@ -4,6 +4,7 @@ from planner.report.explanation import (
     better_lines,
     bottleneck_lines,
     families_table,
+    nothing_fits_lines,
     offers_table,
     sides_table,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "measured_table",
     "memory_curve",
     "memory_table",
+    "nothing_fits_lines",
     "offers_table",
     "parse_bytes",
     "placement_table",

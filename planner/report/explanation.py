@@ -9,6 +9,7 @@ from rich.table import Table
 
 from planner.explain.comparison import Side
 from planner.explain.explanation import Explanation, Loss, Verdict
+from planner.explain.remedies import Remedy
 from planner.explain.shares import Bottleneck, Shares
 from planner.explain.types import Resolved
 from planner.report.plain import plain_table
@@ -19,6 +20,7 @@ __all__ = [
     "better_lines",
     "bottleneck_lines",
     "families_table",
+    "nothing_fits_lines",
     "offers_table",
     "placement_text",
     "sides_table",
@@ -84,13 +86,29 @@ def better_lines(explanation: Explanation) -> list[str]:
     return lines
 
 
+def nothing_fits_lines(words: str, why: str, remedies: Sequence[Remedy]) -> list[str]:
+    """Of a change, in these words, that leaves no plan: why, and what else would have to change."""
+    fitting = [f"{one.words} ({seconds_text(one.step_seconds)} a step)" for one in remedies]
+    return [
+        f"what if   {words}: nothing fits there; the plan above, for the cluster as it is, stands",
+        f"why       {why}",
+        *(f"would fit {what}" for what in fitting or ["nothing, by any single change more"]),
+    ]
+
+
+def _stages_demanded(placement: Placement) -> list[str]:
+    """Nothing where stages are on other ranks than s mod P: no option says on which."""
+    stages = placement.num_stages // placement.num_pipeline_ranks
+    return [f"--stages-per-rank {stages}"] if placement.is_modular else []
+
+
 def _demands(placement: Placement) -> str:
     """Options of lga-plan under which the placement's family is all that is left."""
     words = [
         f"--schedule {placement.schedule.value}",
         f"--replicas {placement.num_replicas}",
         f"--pipeline-ranks {placement.num_pipeline_ranks}",
-        f"--stages-per-rank {placement.num_stages // placement.num_pipeline_ranks}",
+        *_stages_demanded(placement),
         f"--micro-batches {placement.num_micro_batches}",
         f"--partition {placement.partition}",
     ]
@@ -153,7 +171,11 @@ def sides_table(title: str, sides: Mapping[str, Side]) -> Table:
 
 def placement_text(placement: Placement) -> str:
     """`2 x 4 x 3, batch 8 x 1, layered, recompute all`: mesh x loops, batch, schedule, the rest."""
-    loops = placement.num_stages // placement.num_pipeline_ranks
+    loops = str(placement.num_stages // placement.num_pipeline_ranks)
+    if not placement.is_modular:
+        loops = (
+            f"({placement.num_stages} stages on ranks {', '.join(map(str, placement.stage_ranks))})"
+        )
     words = [
         f"{placement.num_replicas} x {placement.num_pipeline_ranks} x {loops}",
         f"batch {placement.num_micro_batches} x {placement.micro_batch_size}",

@@ -42,6 +42,8 @@ def parse_bytes(text: str) -> int:
         UsageError: it is neither, or not above 0, or more than any memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    if text.strip().startswith("-"):
+        raise UsageError(f"{text!r} is below 0 bytes", hint="write a size such as 40GB")
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(
             f"{text!r} is not a number of bytes",

@@ -29,7 +29,7 @@ _MAX_CANDIDATES = 6
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Model, cluster, mesh and batch, a line each."""
+    """Model, cluster, mesh, batch and schedule, a line each."""
     elements = sum(parameter.num_elements for parameter in plan.parameters)
     return [
         f"model     {plan.model_name}: {_counted(len(plan.layer_names), 'layer')}, "
@@ -42,6 +42,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{_counted(plan.num_replicas, 'replica')} x "
         f"{_counted(plan.num_micro_batches, 'micro-batch', 'es')} x "
         f"{_counted(plan.micro_batch_size, 'sample')}",
+        f"schedule  {plan.schedule}",
     ]
 
 
@@ -106,22 +107,12 @@ def program_counts(plan: Plan) -> Table:
 
 
 def solution_lines(solution: Solution) -> list[str]:
-    """The solver's certificate, and what simpler splits would cost."""
+    """The solver's certificate, what it is of, and what simpler splits would cost."""
+    lines = _certificate_lines(solution)
+    if solution.is_interrupted:
+        lines.insert(0, "stopped   the search was interrupted: this is the best plan so far")
     if not solution.bound_seconds:
-        schedule = solution.placement.schedule
-        return [f"solver    no bound: only layered plans have one, and this one is {schedule}"]
-    lines = [
-        f"solver    objective {seconds_text(solution.objective_seconds)}, bound "
-        f"{seconds_text(solution.bound_seconds)}, gap {solution.gap:.2%}, "
-        f"{seconds_text(solution.solve_seconds)} to solve",
-    ]
-    layered = solution.layered_seconds or solution.step_seconds
-    if solution.layered_seconds is not None:
-        lines.append(
-            f"schedule  {solution.placement.schedule}: {seconds_text(solution.step_seconds)}, "
-            f"{solution.step_seconds / layered - 1:+.1%} against the best layered plan "
-            f"({seconds_text(layered)}), which objective and bound are of"
-        )
+        return lines
     if solution.traced_order_seconds is not None:
         traced = solution.traced_order_seconds
         lines.append(
@@ -129,14 +120,44 @@ def solution_lines(solution: Solution) -> list[str]:
             f"against the best plan in that ({seconds_text(traced)}), which objective and bound "
             "are of; they train bitwise alike"
         )
+    own = solution.modular_seconds or solution.layered_seconds or solution.step_seconds
     for name, seconds in (
         ("uniform", solution.uniform_seconds), ("greedy", solution.greedy_seconds)
     ):  # fmt: skip
         if seconds is None:
             words = "does not fit in memory"
         else:
-            words = f"{seconds_text(seconds)}, {seconds / layered - 1:+.1%}"
+            words = f"{seconds_text(seconds)}, {seconds / own - 1:+.1%}"
         lines.append(f"{name:<9} split of the same mesh: {words}")
+    return lines
+
+
+def _certificate_lines(solution: Solution) -> list[str]:
+    """Bound and gap of the plan, and those of the plans that the solver has a model of."""
+    seconds, any_order = solution.step_seconds, solution.any_order_seconds
+    solved = f"{seconds_text(solution.solve_seconds)} to solve"
+    certificate = (
+        f"objective {seconds_text(solution.objective_seconds)}, bound "
+        f"{seconds_text(solution.bound_seconds)}, gap {solution.gap:.2%}"
+    )
+    if any_order is None:
+        return [f"solver    {certificate}, {solved}"]
+    lines = [
+        f"solver    {seconds_text(seconds)}, bound of every schedule {seconds_text(any_order)}, "
+        f"gap {max(0.0, 1 - any_order / seconds):.2%}, {solved}"
+    ]
+    others = {
+        "layered": ("the best layered plan", solution.layered_seconds),
+        "modular": ("the best with stage s on rank s mod P", solution.modular_seconds),
+    }
+    for name, (words, other) in others.items():
+        if other is not None:
+            lines.append(
+                f"{name:<9} {words} takes {seconds_text(other)}, this one "
+                f"{seconds / other - 1:+.1%}"
+            )
+    if len(lines) > 1:
+        lines[-1] += f"; of that: {certificate}"
     return lines
 
 

@@ -40,9 +40,9 @@ def training_lines(training: Training, result: PlanResult) -> list[str]:
 
 
 def batch_table(training: Training, tried: Sequence[Tried]) -> Table:
-    """A row per batch size: the best plan's mesh and times, or why there is none."""
+    """A row per batch size: the best plan's mesh, schedule and times, or why there is none."""
     table = Table(title="batch sizes", title_justify="left")
-    heads = ["batch", "mesh x loops", "micro-batches", "step", "per sample"]
+    heads = ["batch", "mesh x loops", "micro-batches", "schedule", "step", "per sample"]
     heads += ["hours", "GPU-hours"] if training.is_given else []
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
@@ -60,6 +60,7 @@ def batch_table(training: Training, tried: Sequence[Tried]) -> Table:
             str(one.global_batch_size),
             f"{plan.num_replicas} x {plan.num_pipeline_ranks} x {loops}",
             f"{plan.num_micro_batches} x {plan.micro_batch_size}",
+            plan.schedule.value,
             seconds_text(seconds),
             seconds_text(one.sample_seconds),
             *([_number(hours), _number(hours * plan.world_size)] if training.is_given else []),

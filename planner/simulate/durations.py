@@ -79,8 +79,12 @@ class Durations:
     def _work(self, cells: tuple[Cell, ...], instruction: Instruction) -> Work:
         rank, stages = cells[0][0], self.plan.stages
         match instruction.opcode:
-            case Opcode.FORWARD | Opcode.RECOMPUTE:
+            case Opcode.FORWARD:
                 return Work(seconds=stages[instruction.stage or 0].forward_seconds)
+            case Opcode.RECOMPUTE:
+                stage = stages[instruction.stage or 0]
+                again = stage.recompute_seconds
+                return Work(seconds=stage.forward_seconds if again is None else again)
             case Opcode.BACKWARD:
                 return Work(seconds=stages[instruction.stage or 0].backward_seconds)
             case Opcode.BACKWARD_INPUT:

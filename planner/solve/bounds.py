@@ -9,6 +9,7 @@ This module knows the Instance alone.
 import itertools
 
 from planner.solve.instance import Instance
+from planner.solve.splits import largest_stage
 from planner.solve.tables import Table, least
 
 __all__ = ["least_rank_units", "least_step_ticks"]
@@ -24,6 +25,7 @@ def least_step_ticks(instance: Instance) -> int:
     choice, pace = instance.choice, instance.pace
     ranks, stages, count = choice.num_pipeline_ranks, choice.num_stages, choice.num_micro_batches
     forward, backward = _least(instance, "forward"), _least(instance, "backward")
+    second = _least(instance, "again")
     there, back = (
         [min(table[1:-1], default=0) for table in tables]
         for tables in (instance.hops, instance.gradient_hops)
@@ -39,17 +41,22 @@ def least_step_ticks(instance: Instance) -> int:
     turns = [b - f for f, b in itertools.pairwise(instance.time)]
     largest_turn = max(t - f for t, f in zip(turns, forward.layers, strict=True))
     longest = max(max(forward.layers), -(-through // stages))
-    longest += max(largest_turn, -(-(returned + again * through) // stages))
+    rebuilt = again * _everything(second, stages)
+    longest += max(largest_turn, -(-(returned + rebuilt) // stages))
+    # In every split some stage is as long as this, both directions together.
+    longest = max(longest, largest_stage(instance.time, stages))
     chain = through + returned + (count - 1) * longest + sum(there) + sum(back)
 
-    compute = count * (through + returned) + again * _least_rebuilt(instance, forward)
-    busiest = -(-compute // ranks)
-    largest = count * max(turns) - again * max(forward.layers)
+    compute = count * (through + returned) + again * _least_rebuilt(instance, second)
+    busiest = fill + -(-compute // ranks) + drain
+    largest = count * max(turns) - again * max(second.layers)
+    if pace.is_modular:  # elsewhere, the rank with the largest layer may be first and last
+        largest += fill + drain
     updates = _everything(_least(instance, "update"), stages)
     floor = stages * min(kind.least_update for kind in instance.kinds)
     return max(
         start + chain + end,
-        start + fill + max(busiest, largest) + drain + end,
+        start + max(busiest, largest) + end,
         fill + -(-(compute + max(updates, floor)) // ranks),
         -(-_least_traffic(instance) // ranks),
     )
@@ -85,18 +92,18 @@ def _least_end(instance: Instance) -> int:
     return end + (_first_layer(instance, "gather_updated") if pace.gathers_updated else 0)
 
 
-def _least_rebuilt(instance: Instance, forward: Table) -> int:
+def _least_rebuilt(instance: Instance, second: Table) -> int:
     """Ticks of second forwards that delay the step, where every stage has one.
 
     While the pipeline drains, the first micro-batch of a rank's last stage is rebuilt unnoticed;
     nothing drains on one rank. All other stages hold a layer each at least.
     """
     choice = instance.choice
-    whole = _everything(forward, choice.num_stages)
+    whole = _everything(second, choice.num_stages)
     if choice.num_pipeline_ranks == 1:
         return choice.num_micro_batches * whole
     others = choice.num_stages - choice.num_pipeline_ranks
-    return (choice.num_micro_batches - 1) * whole + _smallest_layers(forward, others)
+    return (choice.num_micro_batches - 1) * whole + _smallest_layers(second, others)
 
 
 def _least_traffic(instance: Instance) -> int:

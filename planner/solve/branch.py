@@ -22,7 +22,9 @@ from planner.cost import num_rounds
 from planner.solve.bounds import least_rank_units, least_step_ticks
 from planner.solve.build import Builder
 from planner.solve.choices import Choice, stage_counts
-from planner.solve.floor import Surroundings, least_seconds, quick_seconds, rough_seconds
+from planner.solve.floor import least_seconds, quick_seconds, rough_seconds
+from planner.solve.floor_memory import Surroundings
+from planner.solve.floor_stages import staged_seconds
 from planner.solve.problem import Problem
 from planner.solve.rates import Rates
 from planner.solve.sizes import Sizes, in_order
@@ -50,6 +52,9 @@ class Node:
     """By what the layers are known to take at least at its micro-batch size."""
     is_exact: bool = False
     """The size has been profiled."""
+    options: list[tuple[float, Options]] | None = None
+    """With a bound of each, lowest first, once it is near the top; without those that cannot
+    fit."""
 
 
 @dataclass(kw_only=True)
@@ -64,8 +69,12 @@ class Branches:
     refused: list[Batching] = field(default_factory=list)
     """Of a micro-batch size that the model cannot be traced with."""
     tried: list[Node] = field(default_factory=list)
+    _nodes: list[Node] = field(default_factory=list)
+    """All of them: an interrupt loses none."""
     _heap: list[tuple[float, int, Node]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _known: dict[tuple[int, int], Surroundings] = field(default_factory=dict)
+    """By mesh."""
 
     def start(self, space: Sequence[Batching]) -> None:
         """Bound all of them by compute alone, from the two smallest sizes that can be traced."""
@@ -82,13 +91,13 @@ class Branches:
         known = {size: self.rates.at(size) for size in {one.micro_batch_size for one in space}}
         for batching in space:
             bound = rough_seconds(batching, known[batching.micro_batch_size])
-            self._push(Node(batching=batching, bound_seconds=bound))
+            self._nodes.append(Node(batching=batching, bound_seconds=bound))
+            self._push(self._nodes[-1])
 
     @property
     def bound_seconds(self) -> float:
         """No placement of any node is faster, tried or not; infinite without nodes."""
-        waiting = self._heap[0][0] if self._heap else math.inf
-        return min([waiting, *(node.bound_seconds for node in self.tried)])
+        return min((node.bound_seconds for node in self._nodes), default=math.inf)
 
     @property
     def num_waiting(self) -> int:
@@ -98,9 +107,12 @@ class Branches:
         """The node with the lowest bound, all bounds up to date; None if none is worth a try."""
         while self._heap and self._heap[0][0] < best_seconds * WORTH:
             _, _, node = heapq.heappop(self._heap)
-            if node.is_exact:
+            if node.options is not None:
                 return node
-            if self._refine(node):
+            if node.is_exact:
+                self._bound_options(node)
+                self._push(node)
+            elif self._refine(node):
                 self._push(node)
         return None
 
@@ -123,16 +135,19 @@ class Branches:
         if node.is_bounded and size not in self.rates.known:
             if not self.sizes.accepts(size):
                 self.refused.append(node.batching)
+                node.bound_seconds = math.inf
                 return False
             self.rates.learn(size)
         floors, around = self.rates.at(size), self.surroundings(node.batching)
         bound = quick_seconds(node.batching, floors, around)
+        if (per_rank := self.problem.constraints.stages_per_rank) is not None:
+            bound = max(bound, staged_seconds(node.batching, floors, per_rank))
         node.bound_seconds = max(node.bound_seconds, bound)
         node.is_bounded, node.is_exact = True, floors.is_exact
         return True
 
-    def _options(self, node: Node) -> list[tuple[float, Options]]:
-        """With a bound of each, lowest first; those that cannot fit are left out."""
+    def _bound_options(self, node: Node) -> None:
+        """Bound each of the options; the node's own bound is the lowest of them."""
         floors = self.rates.at(node.batching.micro_batch_size)
         around, wanted = self.surroundings(node.batching), self.problem.constraints
         found = [
@@ -141,7 +156,8 @@ class Branches:
         ]
         least = min((bound for bound, _ in found), default=math.inf)
         node.bound_seconds = max(node.bound_seconds, least)
-        return sorted((one for one in found if one[0] < math.inf), key=lambda one: one[0])
+        # Of equal bounds, the plainer options stay ahead.
+        node.options = sorted((one for one in found if one[0] < math.inf), key=lambda one: one[0])
 
     def _push(self, node: Node) -> None:
         heapq.heappush(self._heap, (node.bound_seconds, next(self._numbers), node))
@@ -157,7 +173,7 @@ class Branches:
         """
         self.tried.append(node)
         found: list[Trial] = []
-        for bound, options in self._options(node):
+        for bound, options in node.options or ():
             least = min([best_seconds, *(trial.objective_seconds for trial in found)])
             if bound >= least * WORTH or is_over():
                 continue
@@ -177,7 +193,7 @@ class Branches:
             if 0 <= position <= last and position not in found:
                 per_rank = counts[position]
                 choice = choice_of(self.problem, batching, options, stages_per_rank=per_rank)
-                found[position] = self._trial(choice, bound)
+                found[position] = self.trial(choice, bound)
 
         for position in (last, last // 2, 0):
             attempt(position)
@@ -187,7 +203,8 @@ class Branches:
             attempt(best - 1)
         return list(found.values())
 
-    def _trial(self, choice: Choice, bound: float) -> Trial:
+    def trial(self, choice: Choice, bound: float) -> Trial:
+        """A choice with a quick split, if one fits; no placement of it is faster than `bound`."""
         instance = self.builder.instance(choice)
         least = least_step_ticks(instance) * instance.tick_seconds
         trial = Trial(instance=instance, bound_seconds=max(bound, least))
@@ -210,11 +227,16 @@ class Branches:
         if self.problem.constraints.num_buffers is None:
             sizes = {1, 3} - {choice.num_buffers}
             others += [replace(choice, num_buffers=size) for size in sorted(sizes)]
-        return [self._trial(other, bound) for other in others]
+        return [self.trial(other, bound) for other in others]
 
     def surroundings(self, batching: Batching) -> Surroundings:
+        """Of a mesh, made once."""
+        if batching.mesh not in self._known:
+            self._known[batching.mesh] = self._surroundings(*batching.mesh)
+        return self._known[batching.mesh]
+
+    def _surroundings(self, replicas: int, ranks: int) -> Surroundings:
         graph = self._parameters
-        replicas, ranks = batching.mesh
         return Surroundings(
             limit_bytes=np.full(ranks, self._limit_bytes),
             weight_bytes=graph[0],

@@ -4,12 +4,12 @@ This module knows what a choice costs per layer and per cut. It does not know ho
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from planner.cluster.types import Device, Link
-from planner.cost import copy_seconds, num_rounds, read_seconds, update_seconds
+from planner.cluster.types import Device
+from planner.cost import num_rounds
 from planner.partitions import gathers_for_passes, gathers_updates
 from planner.solve.choices import Choice
 from planner.solve.crossings import Crossings, make_crossings
@@ -20,16 +20,14 @@ from planner.solve.memory import (
     num_buffers,
     parameters_of,
     per_shard,
-    reduced_bytes,
 )
 from planner.solve.memory_tables import memory_tables
-from planner.solve.mesh import Ground, Mesh, RankKind
+from planner.solve.mesh import Ground, Mesh
 from planner.solve.problem import Problem
-from planner.solve.step_parts import LOOKAHEAD, Pace
-from planner.solve.tables import Table
+from planner.solve.rank_tables import TableMaker, slowest_host, ticks_of, update_byte_seconds
+from planner.solve.step_parts import Pace
 from planner.solve.traffic import (
     RingTraffic,
-    affine,
     collectives,
     hop_seconds,
     ring_traffic,
@@ -82,7 +80,7 @@ class Builder:
         return self._times[key]
 
     def _ring_of(self, choice: Choice) -> RingTraffic:
-        key = (choice.micro_batch_size, choice.num_pipeline_ranks, choice.num_stages)
+        key = (choice.micro_batch_size, choice.num_pipeline_ranks, choice.stage_ranks)
         if key not in self._rings:
             self._rings[key] = ring_traffic(self.figures_of(choice), choice)
         return self._rings[key]
@@ -98,27 +96,23 @@ class Builder:
         limits = self.mesh_of(choice).limit_bytes
         return self.instance_in(choice, max(1, min(limits) // LIMIT_UNITS))
 
-    def instance_in(
-        self, choice: Choice, unit_bytes: int, stage_ranks: tuple[int, ...] | None = None
-    ) -> Instance:
-        """The same with units of so many bytes, its stages on these ranks (s mod P if absent)."""
+    def instance_in(self, choice: Choice, unit_bytes: int) -> Instance:
+        """The same with units of so many bytes."""
         figures, mesh, ring = self.figures_of(choice), self.mesh_of(choice), self._ring_of(choice)
-        tick = self._tick(choice)
-        stage_ranks = stage_ranks or _stage_ranks(choice)
+        tick, stage_ranks = self._tick(choice), choice.stage_ranks
         links = [mesh.link(one, other) for one, other in itertools.pairwise(stage_ranks)]
         kinds = list(dict.fromkeys(links)) or [mesh.kinds[0].group_link]
 
         def hops(messages: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
-            return tuple(_ticks(hop_seconds(messages, link), tick) for link in kinds)
+            return tuple(ticks_of(hop_seconds(messages, link), tick) for link in kinds)
 
-        fixed = -(-fixed_bytes(figures, choice) // unit_bytes)
         return Instance(
             choice=choice,
             num_layers=figures.num_layers,
             tick_seconds=tick,
             unit_bytes=unit_bytes,
-            pace=self._pace(choice, stage_ranks, kinds, tick),
-            kinds=tuple(self._tables(choice, kind, stage_ranks, tick) for kind in mesh.kinds),
+            pace=self._pace(choice, tick),
+            kinds=self._rank_tables(choice, tick),
             rank_kinds=mesh.rank_kinds,
             hops=hops(ring.there),
             gradient_hops=hops(ring.back),
@@ -126,7 +120,7 @@ class Builder:
             memory=memory_tables(
                 figures, self._crossings_of(choice), choice, self.problem, unit_bytes
             ),
-            fixed_units=(fixed,) * choice.num_pipeline_ranks,
+            fixed_units=tuple(-(-size // unit_bytes) for size in fixed_bytes(figures, choice)),
             limit_units=tuple(limit // unit_bytes for limit in mesh.limit_bytes),
         )
 
@@ -143,16 +137,34 @@ class Builder:
             longest = max(longest, seconds)
         return longest / HORIZON_TICKS
 
-    def _pace(
-        self, choice: Choice, stage_ranks: tuple[int, ...], links: Sequence[Link], tick: float
-    ) -> Pace:
-        figures, problem = self.figures_of(choice), self.problem
-        kinds = self.mesh_of(choice).kinds
-        devices = [device for kind in kinds for device in kind.devices]
+    def _rank_tables(self, choice: Choice, tick: float) -> tuple[RankTables, ...]:
+        """Of each kind of rank."""
+        mesh, figures = self.mesh_of(choice), self.figures_of(choice)
+        return tuple(
+            TableMaker(
+                problem=self.problem,
+                choice=choice,
+                figures=figures,
+                times=self._times_of(choice, kind.devices),
+                ring=self._ring_of(choice),
+                crossings=self._crossings_of(choice),
+                kind=kind,
+                algorithm=mesh.collectives,
+                tick_seconds=tick,
+                ties_end=bool(_tied_ranks(figures, choice.stage_ranks)),
+            ).tables()
+            for kind in mesh.kinds
+        )
+
+    def _pace(self, choice: Choice, tick: float) -> Pace:
+        figures, problem, mesh = self.figures_of(choice), self.problem, self.mesh_of(choice)
+        devices = [device for kind in mesh.kinds for device in kind.devices]
+        tied_ranks = _tied_ranks(figures, choice.stage_ranks)
+        tied = tied_seconds(figures, choice, mesh.link(*tied_ranks)) if tied_ranks else 0.0
         issue = min(device.instruction_overhead_seconds for device in devices)
         (tied_part,) = per_shard([figures.tied_bytes], choice)
         return Pace(
-            stage_ranks=stage_ranks,
+            stage_ranks=choice.stage_ranks,
             num_ranks=choice.num_pipeline_ranks,
             num_micro_batches=choice.num_micro_batches,
             num_buffers=num_buffers(choice),
@@ -164,19 +176,14 @@ class Builder:
             verdict=round(problem.num_verdicts * self._verdict_seconds(choice) / tick),
             offloads_state=choice.offload_state,
             offloads_inputs=choice.offload_inputs,
-            loads=any(figures.layer_batch_bytes) and (issue > 0 or _slowest_host(devices) > 0),
+            loads=any(figures.layer_batch_bytes) and (issue > 0 or slowest_host(devices) > 0),
             issue=round(issue / tick),
-            tied_ranks=self._tied_ranks(figures, stage_ranks),
-            tied=round(tied_seconds(figures, choice, links) / tick),
-            tied_update=round(self._update_seconds(devices) * tied_part / tick),
+            tied_ranks=tied_ranks,
+            tied=round(tied / tick),
+            tied_update=round(
+                update_byte_seconds(devices, problem.optimizer_slots) * tied_part / tick
+            ),
         )
-
-    def _tied_ranks(self, figures: Figures, stage_ranks: Sequence[int]) -> tuple[int, ...]:
-        """Those that surely have tied weights, of several ranks: the first layer's, the last's."""
-        tied, ends = figures.parameters.tied_trainable_bytes, {stage_ranks[0], stage_ranks[-1]}
-        if len(set(stage_ranks)) == 1 or not (tied[0] and tied[-1]) or len(ends) == 1:
-            return ()
-        return tuple(sorted(ends))
 
     def _verdict_seconds(self, choice: Choice) -> float:
         """For all ranks to agree on a number: latencies alone, as there is next to nothing else."""
@@ -186,142 +193,10 @@ class Builder:
             latencies = [cluster.network.latency_seconds]
         return 2 * num_rounds(size, cluster.collectives) * min(latencies)
 
-    def _tables(
-        self, choice: Choice, kind: RankKind, stage_ranks: Sequence[int], tick: float
-    ) -> RankTables:
-        figures, ring = self.figures_of(choice), self._ring_of(choice)
-        times, parameters = self._times_of(choice, kind.devices), parameters_of(figures, choice)
-        moved = collectives(choice, kind.group_link, self.mesh_of(choice).collectives)
-        moments, shards = self._state_bytes(choice)
 
-        def table(
-            seconds: Iterable[float],
-            *,
-            entry: Sequence[float] | float = 0.0,
-            leave: Sequence[float] | float = 0.0,
-        ) -> Table:
-            ends = (
-                round(one / tick) if isinstance(one, float) else _ticks(one, tick)
-                for one in (entry, leave)
-            )
-            return Table.of(_ticks(seconds, tick), entry=next(ends), leave=next(ends))
-
-        def messages(numbers: Sequence[int], more: float = 0.0) -> list[float]:
-            return [times.message * number + more for number in numbers]
-
-        count = choice.num_micro_batches
-        ahead = max(0, count - LOOKAHEAD - 1)
-        host = _slowest_host(kind.devices)
-        gather, gather_latency = moved.gather, moved.gather_latency
-        if not choice.partition:  # the shard is all there is: a copy on the device
-            gather, gather_latency = _each_byte(copy_seconds, kind.devices)
-        ties_end = bool(self._tied_ranks(figures, stage_ranks))
-        updates, least_update = self._updates(choice, kind.devices, ties_end=ties_end)
-        read, _ = _each_byte(read_seconds, kind.devices)
-        crossing = self._crossings_of(choice)
-        return RankTables(
-            forward=table(
-                times.forward,
-                entry=messages(ring.received, times.issue),
-                leave=messages(ring.sent),
-            ),
-            backward=table(
-                times.backward,
-                entry=messages(ring.gradients_sent, times.issue),
-                leave=messages(ring.gradients_received),
-            ),
-            gather=table(_scaled(gather, parameters.weight_bytes), entry=gather_latency),
-            reduce=table(
-                _scaled(moved.reduce, parameters.trainable_bytes), entry=moved.reduce_latency
-            ),
-            update=table(updates),
-            least_update=round(least_update / tick),
-            gather_updated=table(
-                _scaled(moved.gather, parameters.trainable_bytes), entry=moved.gather_latency
-            ),
-            load=table(
-                host * num_bytes + (times.issue if num_bytes else 0.0)
-                for num_bytes in figures.layer_batch_bytes
-            ),
-            sending=table(
-                [0.0] * figures.num_layers,
-                entry=_scaled(ahead * times.issue, ring.received),
-                leave=_scaled((count - 1) * times.issue, ring.sent),
-            ),
-            returning=table(
-                [0.0] * figures.num_layers,
-                entry=_scaled((count - 1) * times.issue, ring.gradients_sent),
-                leave=_scaled(ahead * times.issue, ring.gradients_received),
-            ),
-            inputs=table(
-                [0.0] * figures.num_layers,
-                entry=_scaled(host, map(min, crossing.inputs, crossing.kept_inputs)),
-            ),
-            shard=table(_scaled(host, shards)),
-            moments=table(_scaled(host, moments)),
-            read=table(_scaled(read, reduced_bytes(parameters.trainable_bytes, choice))),
-        )
-
-    def _state_bytes(self, choice: Choice) -> tuple[list[int], list[int]]:
-        """Per layer: moments, and the shard where weights are gathered for passes."""
-        parameters = parameters_of(self.figures_of(choice), choice)
-        shards = per_shard(parameters.trainable_bytes, choice)
-        moments = [self.problem.optimizer_slots * num_bytes for num_bytes in shards]
-        if not gathers_for_passes(choice.partition, offload_state=choice.offload_state):
-            return moments, [0] * len(moments)
-        return moments, per_shard(parameters.weight_bytes, choice)
-
-    def _updates(
-        self, choice: Choice, devices: Sequence[Device], *, ties_end: bool
-    ) -> tuple[list[float], float]:
-        """Seconds per layer, and the least that a stage's update takes: a kernel's overhead.
-
-        With `ties_end`, tied weights are updated at the end of the step, and are left out.
-        """
-        parameters = parameters_of(self.figures_of(choice), choice)
-        num_bytes, tied = parameters.trainable_bytes, parameters.tied_trainable_bytes
-        if ties_end:
-            num_bytes = tuple(whole - part for whole, part in zip(num_bytes, tied, strict=True))
-        floor = max(update_seconds(0, device, self.problem.optimizer_slots) for device in devices)
-        per_byte = self._update_seconds(devices)
-        return _scaled(per_byte, per_shard(num_bytes, choice)), floor if all(num_bytes) else 0.0
-
-    def _update_seconds(self, devices: Sequence[Device]) -> float:
-        """Of a byte of parameters."""
-        slots = self.problem.optimizer_slots
-
-        def seconds(num_bytes: int, device: Device) -> float:
-            return update_seconds(num_bytes, device, slots, element_bytes=1)
-
-        return _each_byte(seconds, devices)[0]
-
-
-def _stage_ranks(choice: Choice) -> tuple[int, ...]:
-    """Stage s on pipeline rank s mod P."""
-    return tuple(stage % choice.num_pipeline_ranks for stage in range(choice.num_stages))
-
-
-def _slowest_host(devices: Sequence[Device]) -> float:
-    """Seconds per byte between a device and its host's memory; 0 where copies are free."""
-    rates = [device.host_bandwidth for device in devices if device.host_bandwidth is not None]
-    return 1 / min(rates) if rates else 0.0
-
-
-def _each_byte(
-    seconds: Callable[[int, Device], float], devices: Sequence[Device]
-) -> tuple[float, float]:
-    """Seconds per byte and at least, on the slowest of the devices."""
-
-    def on(device: Device) -> tuple[float, float]:
-        return affine(lambda num_bytes: seconds(num_bytes, device))
-
-    found = [on(device) for device in devices]
-    return max(slope for slope, _ in found), max(rest for _, rest in found)
-
-
-def _scaled(factor: float, counts: Iterable[int]) -> list[float]:
-    return [factor * count for count in counts]
-
-
-def _ticks(seconds: Iterable[float], tick: float) -> tuple[int, ...]:
-    return tuple(round(value / tick) for value in seconds)
+def _tied_ranks(figures: Figures, stage_ranks: Sequence[int]) -> tuple[int, int] | tuple[()]:
+    """Those that surely have tied weights, of several ranks: the first layer's, the last's."""
+    tied, first, last = figures.parameters.tied_trainable_bytes, stage_ranks[0], stage_ranks[-1]
+    if first == last or not (tied[0] and tied[-1]):
+        return ()
+    return min(first, last), max(first, last)

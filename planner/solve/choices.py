@@ -31,6 +31,7 @@ class Choice:
     num_replicas: int
     num_pipeline_ranks: int
     stages_per_rank: int
+    """Of the rank with most, where they differ."""
     micro_batch_size: int
     num_micro_batches: int
     partition: int
@@ -41,10 +42,18 @@ class Choice:
     num_buffers: int = 2
     """Size of the pools of weight and of gradient buffers."""
     layout: Layout = Layout.REPLICAS_INSIDE
+    assignment: tuple[int, ...] = ()
+    """Pipeline rank of each stage; empty: stage s on rank s mod P, as many on every rank."""
 
     @property
     def num_stages(self) -> int:
-        return self.num_pipeline_ranks * self.stages_per_rank
+        return len(self.assignment) or self.num_pipeline_ranks * self.stages_per_rank
+
+    @property
+    def stage_ranks(self) -> tuple[int, ...]:
+        """Pipeline rank of each stage."""
+        ranks = self.num_pipeline_ranks
+        return self.assignment or tuple(stage % ranks for stage in range(self.num_stages))
 
     @property
     def grid(self) -> Grid:
@@ -61,10 +70,12 @@ class Choice:
 
     def describe(self) -> str:
         """In words, for messages."""
+        stages = f"{_counted(self.stages_per_rank, 'stage')} per rank"
+        if self.assignment:
+            stages = f"{self.num_stages} stages on ranks {', '.join(map(str, self.assignment))}"
         return (
             f"{_counted(self.num_replicas, 'replica')} x "
-            f"{_counted(self.num_pipeline_ranks, 'pipeline rank')}, "
-            f"{_counted(self.stages_per_rank, 'stage')} per rank, "
+            f"{_counted(self.num_pipeline_ranks, 'pipeline rank')}, {stages}, "
             f"{_counted(self.num_micro_batches, 'micro-batch', 'es')} of {self.micro_batch_size}, "
             f"partition {self.partition}, {_RECOMPUTES[self.recompute]}"
             + (", state offloaded" if self.offload_state else "")

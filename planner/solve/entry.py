@@ -31,12 +31,12 @@ class Clock:
 
 
 def placement_of(choice: Choice, split: Split) -> Placement:
-    """The placement of a choice and a split: stage s on pipeline rank s mod P."""
+    """The placement of a choice and a split."""
     return Placement(
         num_replicas=choice.num_replicas,
         num_pipeline_ranks=choice.num_pipeline_ranks,
         boundaries=split.boundaries,
-        stage_ranks=tuple(stage % choice.num_pipeline_ranks for stage in range(choice.num_stages)),
+        stage_ranks=choice.stage_ranks,
         micro_batch_size=choice.micro_batch_size,
         num_micro_batches=choice.num_micro_batches,
         partition=choice.partition,

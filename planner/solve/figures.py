@@ -66,6 +66,8 @@ class LayerTimes:
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
+    again: tuple[float, ...]
+    """The forward of a recompute."""
     message: float
     """Compute time that each end of a transfer between ranks loses."""
     issue: float
@@ -112,6 +114,10 @@ def layer_times(profile: Profile, devices: Sequence[Device]) -> LayerTimes:
     return LayerTimes(
         forward=tuple(forward for forward, _ in seconds),
         backward=tuple(backward for _, backward in seconds),
+        again=tuple(
+            forward if layer.recompute_seconds is None else layer.recompute_seconds
+            for layer, (forward, _) in zip(profile.layers, seconds, strict=True)
+        ),
         message=max(device.message_seconds for device in devices),
         issue=max(device.instruction_overhead_seconds for device in devices),
     )

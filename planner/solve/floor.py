@@ -10,41 +10,14 @@ independent of the split.
 This module knows layers, links and limits. It does not know splits.
 """
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 
-from planner.partitions import gathers_for_passes, offloaded
+from planner.solve.floor_memory import Surroundings, gathers, least_rebuilt
+from planner.solve.floor_ranks import Waits, fullest_seconds
 from planner.solve.rates import Floats, LayerFloors
 from planner.solve.space import Batching, Options
 
-__all__ = ["Surroundings", "least_cost", "least_seconds", "quick_seconds", "rough_seconds"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What a mesh offers, and what the model's parameters ask of it."""
-
-    limit_bytes: Floats
-    """Per pipeline rank."""
-    weight_bytes: Floats
-    """Per layer, tied ones once; as the following."""
-    trainable_bytes: Floats
-    tied_bytes: Floats
-    """Of those weights that other layers use too: they have buffers of their own."""
-    optimizer_slots: int
-    byte_seconds: float
-    """Of a byte of weights to pass between all replicas once; 0 with one."""
-    load_byte_seconds: float
-    """Of a byte from host memory."""
-    pass_seconds: float
-    """Latency of passing anything between all replicas once; 0 with one."""
-    least_update_seconds: float
-    update_seconds: float
-    """Of a byte of trainable parameters, whole."""
-    recompute: bool | None
-    """What the user demands of all stages."""
+__all__ = ["least_seconds", "quick_seconds", "rough_seconds"]
 
 
 def rough_seconds(batching: Batching, floors: LayerFloors) -> float:
@@ -69,18 +42,9 @@ def least_seconds(
     batching: Batching, floors: LayerFloors, around: Surroundings, options: Options
 ) -> float:
     """A step time that no placement with these options undercuts; infinite where none fits."""
-    partition = options.partition
-    rebuilt = _least_rebuilt(batching, floors, around, options)
-    found = _least_time(batching, floors, around, options, rebuilt)
-    if found == float("inf") or not _gathers(options):
-        return found
-    # With one buffer for weights, none come while the stage before is computed.
-    each = around.byte_seconds if partition == 3 else around.load_byte_seconds
-    coming = (around.weight_bytes - around.tied_bytes).sum() * each
-    compute = batching.num_micro_batches * floors.prefix[-1] + rebuilt
-    one_buffer = max(found, float(compute + coming) / batching.num_pipeline_ranks)
-    rebuilt = _least_rebuilt(batching, floors, around, options, num_buffers=2)
-    return min(one_buffer, _least_time(batching, floors, around, options, rebuilt))
+    if not gathers(options):
+        return _least_time(batching, floors, around, options, 0)
+    return min(_least_time(batching, floors, around, options, number) for number in (1, 2))
 
 
 def _least_time(
@@ -88,11 +52,12 @@ def _least_time(
     floors: LayerFloors,
     around: Surroundings,
     options: Options,
-    rebuilt: float,
+    num_buffers: int,
 ) -> float:
-    """With so many seconds of recompute, all ranks together."""
+    """With one buffer for weights, or two or more; 0 where none are gathered."""
     partition = options.partition
     ranks, count = batching.num_pipeline_ranks, batching.num_micro_batches
+    rebuilt = least_rebuilt(batching, floors, around, options, num_buffers)
     if rebuilt == float("inf"):
         return rebuilt
     before, after = _waits(floors, ranks)
@@ -124,7 +89,30 @@ def _least_time(
     # One micro-batch goes through all layers, and the longest layer runs all the others.
     longest = float(floors.forward.max() + floors.backward.max())
     chain = start + float(floors.prefix[-1]) + (count - 1) * longest + last
-    return max(mean, updated, crowded, chain, _after_forward(batching, floors, whole, start))
+    waits = Waits(start=start, last=last, before=before, between=after)
+    return max(
+        mean,
+        updated,
+        crowded,
+        chain,
+        _coming(batching, floors, around, options, rebuilt) if num_buffers == 1 else 0.0,
+        _after_forward(batching, floors, whole, start),
+        fullest_seconds(batching, floors, around, options, waits, num_buffers),
+    )
+
+
+def _coming(
+    batching: Batching,
+    floors: LayerFloors,
+    around: Surroundings,
+    options: Options,
+    rebuilt: float,
+) -> float:
+    """With one buffer for weights, none come while the stage before is computed."""
+    each = around.byte_seconds if options.partition == 3 else around.load_byte_seconds
+    coming = float((around.weight_bytes - around.tied_bytes).sum()) * each
+    compute = batching.num_micro_batches * float(floors.prefix[-1]) + rebuilt
+    return (compute + coming) / batching.num_pipeline_ranks
 
 
 def _waits(floors: LayerFloors, ranks: int) -> tuple[Floats, Floats]:
@@ -140,8 +128,7 @@ def _traffic(
     """Seconds before the first forward, after the last backward, and of a rank's reductions."""
     weights, trained = float(around.weight_bytes[0]), float(around.trainable_bytes[0])
     passes, each = (1 if partition == 3 else 2), around.pass_seconds
-    gathers = partition == 3 and weights
-    start = weights * around.byte_seconds + each if gathers else 0.0
+    start = weights * around.byte_seconds + each if partition == 3 and weights else 0.0
     end = passes * (trained * around.byte_seconds + each) if trained else 0.0
     whole = float(around.trainable_bytes.sum()) * around.byte_seconds
     return start, end, passes * whole / batching.num_pipeline_ranks
@@ -166,7 +153,7 @@ def _moved_seconds(
     ahead = count * float(floors.forward[light].sum())
     behind = ahead + count * float(floors.backward[light].sum())
     each = around.byte_seconds if options.partition == 3 else around.load_byte_seconds
-    gather = least * each if _gathers(options) else 0.0
+    gather = least * each if gathers(options) else 0.0
     reduction = (1 if options.partition == 3 else 2) * trained * around.byte_seconds
     without = count * float(floors.both[heavy].sum()) / (ranks - 1) if ranks > 1 else float("inf")
     # Of the ranks in the order of those layers: the layers of the ranks before come first.
@@ -184,96 +171,3 @@ def _after_forward(
     ranks, count = batching.num_pipeline_ranks, batching.num_micro_batches
     forward = count * float(floors.forward.sum()) / ranks
     return start_seconds + forward + count * float(floors.backward.min()) + whole_seconds
-
-
-def _least_rebuilt(
-    batching: Batching,
-    floors: LayerFloors,
-    around: Surroundings,
-    options: Options,
-    num_buffers: int = 1,
-) -> float:
-    """Seconds of forwards that memory forces all ranks together to run again; infinite where even
-    recompute does not help. With two buffers or more, weights are gathered."""
-    count, ranks = batching.num_micro_batches, batching.num_pipeline_ranks
-    state = _state_bytes(batching, around, options)
-    pools = _pool_bytes(around, options)
-    alone = state + pools + floors.saved
-    if float(alone.max()) > float(around.limit_bytes.max()):
-        return float("inf")
-    smallest = np.sort(pools)[: ranks - 1]
-    room = float(around.limit_bytes.sum()) - float(state.sum())
-    pooled = float(pools.max()) + float(smallest.sum())
-    if num_buffers > 1:
-        # A rank with one stage alone has one buffer for all of its layers.
-        alone = np.maximum(pools - 2 * around.tied_bytes, 0.0)
-        doubled = around.trainable_bytes if options.partition == 3 else 0.0
-        own = np.sort(alone + np.maximum(around.weight_bytes + doubled - 2 * around.tied_bytes, 0))
-        several = float(own[-1]) + float(own[: ranks - 1].sum())
-        pooled = max(pooled, min(several, float(alone.sum())))
-    room -= pooled + float(floors.ending[0])
-    if room < 0:
-        return float("inf")
-    kept = count * (floors.saved + (0.0 if options.offload_inputs else floors.named))
-    # The last layer has its first micro-batch there when its backward begins, rebuilt or not.
-    room -= float(floors.saved[-1])
-    kept[-1] -= float(floors.saved[-1])
-    missing = float(kept.sum()) - room
-    if around.recompute or missing <= 0:
-        return count * float(floors.forward.sum()) if around.recompute else 0.0
-    if around.recompute is False:
-        return float("inf")
-    return count * least_cost(kept, floors.forward, missing)
-
-
-def least_cost(sizes: Floats, costs: Floats, missing: float) -> float:
-    """The least sum of costs of items whose sizes add up to what is missing.
-
-    Items like the middle one are taken whole; of the others, parts will do.
-    """
-    middle = np.argsort(sizes, kind="stable")[len(sizes) // 2]
-    alike = np.isclose(sizes, sizes[middle]) & np.isclose(costs, costs[middle])
-    size, cost = float(sizes[alike].max()), float(costs[alike].min())
-    sizes, costs = np.where(alike, size, sizes), np.where(alike, cost, costs)
-    fractional, taken = _fractions(sizes, costs, missing)
-    if size <= 0:
-        return fractional
-    # The cost is convex in the number of whole items: the best is next to the fractional one.
-    number = float(taken[alike].sum())
-    least = float("inf")
-    for whole in {math.floor(number + 1e-9), math.ceil(number - 1e-9)}:
-        left = missing - whole * size
-        rest = _fractions(sizes[~alike], costs[~alike], left)[0] if left > 0 else 0.0
-        least = min(least, whole * cost + rest)
-    return max(fractional, least) if least < float("inf") else fractional
-
-
-def _fractions(sizes: Floats, costs: Floats, missing: float) -> tuple[float, Floats]:
-    """The same where parts of items will do, and the parts; infinite where all do not suffice."""
-    order = np.argsort(costs / np.maximum(sizes, 1e-9), kind="stable")
-    before = np.concatenate([[0.0], np.cumsum(sizes[order])])
-    parts = np.zeros(len(sizes))
-    parts[order] = np.clip((missing - before[:-1]) / np.maximum(sizes[order], 1e-9), 0.0, 1.0)
-    total = float((parts * costs).sum())
-    return (total if before[-1] >= missing else float("inf")), parts
-
-
-def _state_bytes(batching: Batching, around: Surroundings, options: Options) -> Floats:
-    """Per layer: weights and moments that stand on a device through forward."""
-    replicas = batching.num_replicas
-    away = offloaded(options.partition, offload_state=options.offload_state)
-    moments = around.optimizer_slots * around.trainable_bytes * ("moments" not in away)
-    weights = around.weight_bytes * ("shard" not in away)
-    weights = weights / (replicas if options.partition == 3 else 1)
-    state: Floats = weights + moments / (replicas if options.partition else 1)
-    return state
-
-
-def _pool_bytes(around: Surroundings, options: Options) -> Floats:
-    """Per layer: the least buffers of a rank that holds it."""
-    pools: Floats = around.trainable_bytes + (around.weight_bytes if _gathers(options) else 0.0)
-    return pools
-
-
-def _gathers(options: Options) -> bool:
-    return gathers_for_passes(options.partition, offload_state=options.offload_state)

@@ -1,21 +1,18 @@
-"""Why nothing fits: the nearest miss, class by class, and the memory that would be enough.
+"""Why nothing fits: the nearest miss, class by class, and splits that need little memory.
 
 This module knows the memory model. `planner.explain.remedies` knows which changes would do.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from planner.errors import InfeasibleError
 from planner.solve.bounds import least_rank_units
 from planner.solve.build import Builder
-from planner.solve.choices import Choice, mesh_groups
+from planner.solve.choices import Choice
 from planner.solve.classes import bytes_by_class
-from planner.solve.entry import Clock
 from planner.solve.instance import Instance, overflow_units, rank_units
 from planner.solve.problem import Problem
-from planner.solve.sizes import Sizes
 from planner.solve.splits import balanced_split, warm_start
 from planner.solve.types import Split
 
@@ -29,7 +26,6 @@ __all__ = [
     "lean_split",
     "lean_splits",
     "leaner",
-    "least_memory",
     "with_margin",
 ]
 
@@ -91,22 +87,6 @@ def explain(
         f"{format_bytes(limit)}: {parts}",
         hint="more memory or devices, a smaller batch, or leave more choices open",
     )
-
-
-def least_memory(problem: Problem) -> int:
-    """Bytes per device that would be enough, by the memory model, on all devices.
-
-    Raises:
-        UsageError: the demands contradict each other, the model or the cluster.
-        TraceError: the model cannot be traced with any micro-batch size.
-    """
-    builder = Builder(problem=problem)
-    sizes = Sizes(problem=problem, clock=Clock(limit_seconds=math.inf))
-    choices = next(mesh_groups(problem, sizes.count_layers(), accepts=sizes.accepts))
-    accepted = [choice for choice in choices if sizes.accepts(choice.micro_batch_size)]
-    sizes.raise_if_all_refused()
-    instances = [builder.instance(c) for c in (*accepted, *leaner(problem, accepted))]
-    return min(max(rank_units(i, split)) * i.unit_bytes for i, split in _tried(instances))
 
 
 def lean_split(instance: Instance) -> Split:

@@ -36,8 +36,10 @@ class RankTables:
 
     forward: Table
     """One micro-batch, with the messages at both ends."""
+    again: Table
+    """One micro-batch forward again, before its backward."""
     backward: Table
-    """The same, a second forward not included."""
+    """As forward."""
     gather: Table
     """Of the weights before a pass; nothing where they stay in place."""
     reduce: Table
@@ -84,8 +86,8 @@ class Instance:
     """Per pipeline rank."""
     tables: tuple[RankTables, ...] = field(init=False)
     """Per stage."""
-    forward: tuple[int, ...] = field(init=False)
-    """Prefix sum: ticks of one micro-batch on the fastest kind of rank."""
+    again: tuple[int, ...] = field(init=False)
+    """Prefix sum: ticks of one micro-batch's second forward on the fastest kind of rank."""
     time: tuple[int, ...] = field(init=False)
     """Prefix sum: ticks of one micro-batch in both directions on the fastest kind of rank, with a
     second forward where every stage has one."""
@@ -94,12 +96,11 @@ class Instance:
         # Made once: the local search asks for them with every split it tries.
         kinds = [self.kinds[self.rank_kinds[rank]] for rank in self.pace.stage_ranks]
         object.__setattr__(self, "tables", tuple(kinds))
-        forward = least([kind.forward for kind in self.kinds]).prefix
-        backward = least([kind.backward for kind in self.kinds]).prefix
-        times = 2 if self.choice.recompute else 1
-        both = (times * there + back for there, back in zip(forward, backward, strict=True))
-        object.__setattr__(self, "forward", forward)
-        object.__setattr__(self, "time", tuple(both))
+        again = least([kind.again for kind in self.kinds]).prefix
+        ways = [[kind.forward for kind in self.kinds], [kind.backward for kind in self.kinds]]
+        parts = [least(tables).prefix for tables in ways] + [again] * bool(self.choice.recompute)
+        object.__setattr__(self, "again", again)
+        object.__setattr__(self, "time", tuple(map(sum, zip(*parts, strict=True))))
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -122,8 +123,6 @@ def stages_of(
 ) -> list[StageTicks]:
     """What each stage takes.
 
-    The simulator takes a stage's predicted forward, messages included, for its recompute.
-
     Args:
         column: the name of one of a rank's tables -> what it says of each stage.
         again: per stage, 1 where it is recomputed.
@@ -140,7 +139,7 @@ def stages_of(
     kinds = list(enumerate(instance.hop_kinds))[1:]
     rows = zip(
         forward,
-        map(mul, forward, again),
+        nothing if instance.choice.recompute is False else map(mul, column("again"), again),
         column("backward"),
         zero + [hop(instance.hops[kind], stage) for stage, kind in kinds],
         zero + [hop(instance.gradient_hops[kind], stage) for stage, kind in kinds],

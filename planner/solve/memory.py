@@ -36,7 +36,15 @@ def num_buffers(choice: Choice) -> int:
 
 def parameters_of(figures: Figures, choice: Choice) -> ParameterFigures:
     """On one pipeline rank a tied parameter is held once, else on each rank that uses it."""
-    return figures.parameters_once if choice.num_pipeline_ranks == 1 else figures.parameters
+    return figures.parameters_once if _ties_meet(figures, choice) else figures.parameters
+
+
+def _ties_meet(figures: Figures, choice: Choice) -> bool:
+    """Whether one rank holds all layers that share weights: the only one, or that of both ends."""
+    if choice.num_pipeline_ranks == 1:
+        return True
+    tied, ranks = figures.parameters.tied_weight_bytes, choice.stage_ranks
+    return ranks[0] == ranks[-1] and not any(tied[1:-1])
 
 
 def per_shard(counts: Iterable[int], choice: Choice) -> list[int]:
@@ -132,13 +140,14 @@ class Held:
         return reduced_bytes(self.trainable, self.choice) if self.reduces else none
 
 
-def fixed_bytes(figures: Figures, choice: Choice) -> int:
+def fixed_bytes(figures: Figures, choice: Choice) -> list[int]:
     """Bytes of each pipeline rank that the cuts do not change."""
     count = choice.num_micro_batches
-    found = figures.module_buffer_bytes + count * figures.batch_bytes
-    if choice.num_pipeline_ranks == choice.num_replicas == 1 and choice.stages_per_rank > 1:
+    each = figures.module_buffer_bytes + count * figures.batch_bytes
+    found = [each] * choice.num_pipeline_ranks
+    if choice.num_replicas == 1 and choice.num_stages > 1 and _ties_meet(figures, choice):
         # Gradients of weights tied within a rank are kept per micro-batch, for the order of sums.
-        found += count * figures.tied_bytes
+        found[choice.stage_ranks[0]] += count * figures.tied_bytes
     return found
 
 

@@ -22,6 +22,9 @@ __all__ = ["SplitAnswer", "solve_split"]
 
 Linear = cp_model.LinearExpr | int
 
+CLOCK_MARGIN = 4
+"""The clock ends a search after so many times the seconds that it is allowed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitAnswer:
@@ -123,14 +126,15 @@ def solve_split(
 
 
 def _make_solver(time_limit_seconds: float, seed: int) -> cp_model.CpSolver:
-    """One worker closes as fast as two here; and unless the machine is so slow that the clock ends
-    the search before the solver's own measure of time does, every run gives one answer.
+    """One worker closes as fast as two here, and every run gives one answer: the solver's own
+    measure of time ends the search, and the clock only on a machine that is many times slower.
     """
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = seed
     solver.parameters.max_deterministic_time = time_limit_seconds / 2
-    solver.parameters.max_time_in_seconds = time_limit_seconds
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C ends the whole search
+    solver.parameters.max_time_in_seconds = CLOCK_MARGIN * time_limit_seconds
     return solver
 
 
@@ -187,7 +191,8 @@ def _horizon(instance: Instance) -> int:
     longest = sum(max(table) for table in (*instance.hops, *instance.gradient_hops))
     whole = 2 * count * longest * len(pace.stage_ranks)
     for kind in instance.kinds:
-        repeated = 2 * _whole(kind.forward, pace) + _whole(kind.backward, pace)
+        compute = (kind.forward, kind.again, kind.backward)
+        repeated = sum(_whole(table, pace) for table in compute)
         repeated += _whole(kind.load, pace) + 2 * _whole(kind.inputs, pace)
         whole += count * repeated + kind.least_update * len(pace.stage_ranks)
         whole += 3 * sum(_whole(getattr(kind, name), pace) for name in each)

@@ -91,13 +91,13 @@ def _always(
 ) -> Units:
     found = sum(read(memory.state, stage) for stage in own)
     if memory.num_gather_buffers:
-        found = found + memory.num_gather_buffers * _largest(memory.gather, own, read, largest)
-    number = memory.num_sum_buffers
+        number = min(memory.num_gather_buffers, len(own))
+        found = found + number * _largest(memory.gather, own, read, largest)
+    number = min(memory.num_sum_buffers, len(own))
     if not memory.alternates:
         return found + number * _largest(memory.sums, own, read, largest)
     return found + sum(
-        _largest(memory.sums, own[::-1][turn::number], read, largest)
-        for turn in range(min(number, len(own)))
+        _largest(memory.sums, own[::-1][turn::number], read, largest) for turn in range(number)
     )
 
 

@@ -5,6 +5,7 @@ This module knows the question. It does not know how it is answered.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from planner.cluster.types import Cluster
 from planner.graph import LayerGraph
@@ -34,6 +35,8 @@ class Constraints:
     """Size of the pools of weight and of gradient buffers."""
     schedule: Schedule | None = None
     """`planner.solve` knows the layered one alone."""
+    modular: Literal[True] | None = None
+    """Stage s on pipeline rank s mod P, and as many on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

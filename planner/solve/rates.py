@@ -23,6 +23,8 @@ from planner.solve.problem import Problem
 __all__ = ["Floats", "LayerFloors", "Rates"]
 
 Floats = NDArray[np.float64]
+ALIKE = 1e-6
+"""Layers that differ by less than this part are dealt out as one kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class LayerFloors:
     forward: Floats
     """Seconds."""
     backward: Floats
+    again: Floats
+    """A second forward, before backward."""
     saved: Floats
     """Bytes kept for backward that stand on the layer's rank, whatever its stage."""
     named: Floats
@@ -48,6 +52,18 @@ class LayerFloors:
     def prefix(self) -> Floats:
         """Seconds of the layers before each cut, both directions."""
         return np.concatenate([[0.0], np.cumsum(self.both)])
+
+    @cached_property
+    def alike(self) -> NDArray[np.bool_]:
+        """Layers that take as long as each other: of those between the first and the last, the
+        kind that takes most of the time."""
+        inner = self.both[1:-1]
+        found = np.zeros(len(self.both), dtype=np.bool_)
+        if len(inner):
+            same = np.isclose(inner[:, None], inner[None, :], rtol=ALIKE, atol=0.0)
+            kind = (same.sum(axis=1) * inner).argmax()
+            found[1:-1] = same[kind]
+        return found
 
     @cached_property
     def falling(self) -> Floats:
@@ -81,9 +97,11 @@ class Rates:
             [[layer_seconds(layer, device) for layer in profile.layers] for device in self.devices]
         )
         forward, backward = seconds[:, :, 0].min(axis=0), seconds[:, :, 1].min(axis=0)
+        again = [layer.recompute_seconds for layer in profile.layers]
         self.known[size] = LayerFloors(
             forward=forward,
             backward=backward,
+            again=np.array([f if a is None else a for f, a in zip(forward, again, strict=True)]),
             saved=np.array([_own_saved_bytes(layer) for layer in profile.layers], dtype=float),
             named=_named_saved_bytes(graph, profile.layers),
             ending=np.array([profile.layers[-1].backward_transient_bytes], dtype=float),
@@ -98,7 +116,7 @@ class Rates:
         larger = sorted(known for known in self.known if known > size)
         found = {
             name: self._at_least(name, size, smaller, larger)
-            for name in ("forward", "backward", "saved", "named", "ending")
+            for name in ("forward", "backward", "again", "saved", "named", "ending")
         }
         return LayerFloors(**found, is_exact=False)
 

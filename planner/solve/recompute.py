@@ -13,6 +13,8 @@ from planner.solve.types import Split
 __all__ = ["choose_recompute"]
 
 Flags = NDArray[np.bool_]
+Stages = NDArray[np.int64]
+"""A column per rank, its stages ascending; -1 below the last where others have more."""
 
 
 def choose_recompute(instance: Instance, boundaries: tuple[int, ...]) -> Split:
@@ -21,24 +23,45 @@ def choose_recompute(instance: Instance, boundaries: tuple[int, ...]) -> Split:
     over = zip(rank_units(instance, split), instance.limit_units, strict=True)
     if instance.choice.recompute is not None or all(used <= limit for used, limit in over):
         return split
-    turns, ranks = instance.choice.stages_per_rank, instance.choice.num_pipeline_ranks
-    order = _cheapest_first(instance, boundaries)
+    stages = _stages(instance)
+    turns, ranks = stages.shape
+    order = _cheapest_first(instance, boundaries, stages)
     # Row n: the n cheapest stages of every rank.
     places = np.argsort(order, axis=0)
-    flags = (places.reshape(-1) < np.arange(turns + 1)[:, None]).astype(np.bool_)
+    flags = np.stack([_of_stages(instance, stages, places < turn) for turn in range(turns + 1)])
     fits = _units(instance, boundaries, flags) <= np.array(instance.limit_units)
     numbers = np.where(fits.any(axis=0), fits.argmax(axis=0), turns)
     chosen = places < numbers[None, :]
     # What a later, larger stage spares may have made an earlier one's recompute needless.
-    without = np.repeat(chosen.reshape(1, -1), turns, axis=0)
-    for turn in range(turns):
-        without[turn, turn * ranks : (turn + 1) * ranks] = False
+    row = np.arange(turns)[:, None]
+    without = np.stack([_of_stages(instance, stages, chosen & (row != turn)) for turn in row[:, 0]])
     fits = _units(instance, boundaries, without) <= np.array(instance.limit_units)
-    forward = np.diff(np.array(instance.forward)[list(boundaries)]).reshape(turns, ranks)
-    spared = np.where(fits & chosen, forward, -1).argmax(axis=0)
+    spared = np.where(fits & chosen, _seconds(instance, boundaries, stages), -1).argmax(axis=0)
     needless = (fits & chosen)[spared, np.arange(ranks)]
     chosen[spared, np.arange(ranks)] &= ~needless
-    return Split(boundaries=boundaries, recompute=tuple(chosen.reshape(-1).tolist()))
+    recompute = _of_stages(instance, stages, chosen)
+    return Split(boundaries=boundaries, recompute=tuple(recompute.tolist()))
+
+
+def _stages(instance: Instance) -> Stages:
+    own = instance.pace.own
+    found = np.full((max(map(len, own)), len(own)), -1, dtype=np.int64)
+    for rank, stages in enumerate(own):
+        found[: len(stages), rank] = stages
+    return found
+
+
+def _of_stages(instance: Instance, stages: Stages, flags: Flags) -> Flags:
+    """Flags per stage, from flags by rank and turn."""
+    found = np.zeros(len(instance.pace.stage_ranks), dtype=np.bool_)
+    found[stages[stages >= 0]] = flags[stages >= 0]
+    return found
+
+
+def _seconds(instance: Instance, boundaries: tuple[int, ...], stages: Stages) -> Stages:
+    """Ticks of each stage's second forward; 0 where there is no stage."""
+    again = np.diff(np.array(instance.again)[list(boundaries)])
+    return np.where(stages >= 0, again[stages], 0)
 
 
 def _units(instance: Instance, boundaries: tuple[int, ...], flags: Flags) -> NDArray[np.int64]:
@@ -47,18 +70,20 @@ def _units(instance: Instance, boundaries: tuple[int, ...], flags: Flags) -> NDA
     return rank_units_of_many(instance, cuts, flags)
 
 
-def _cheapest_first(instance: Instance, boundaries: tuple[int, ...]) -> NDArray[np.int64]:
-    """Per rank (a column), its stages by seconds of forward per byte that recompute spares; late
+def _cheapest_first(
+    instance: Instance, boundaries: tuple[int, ...], stages: Stages
+) -> NDArray[np.int64]:
+    """Per rank (a column), its turns by seconds of forward per byte that recompute spares; late
     ones first among equals, as the first micro-batch of the last is rebuilt while the rank waits.
     """
-    turns, ranks = instance.choice.stages_per_rank, instance.choice.num_pipeline_ranks
-    flags = np.zeros((turns + 1, turns * ranks), dtype=np.bool_)
-    for turn in range(turns):
-        flags[turn + 1, turn * ranks : (turn + 1) * ranks] = True
+    turns = len(stages)
+    alone = np.eye(turns, dtype=np.bool_)[:, :, None]
+    rows = [np.zeros((turns, 1), dtype=np.bool_), *alone]
+    flags = np.stack([_of_stages(instance, stages, row & (stages >= 0)) for row in rows])
     units = _units(instance, boundaries, flags)
     spared = units[0] - units[1:]
-    forward = np.diff(np.array(instance.forward)[list(boundaries)]).reshape(turns, ranks)
-    costs = np.where(spared > 0, forward / np.maximum(spared, 1), np.inf)
+    seconds = _seconds(instance, boundaries, stages)
+    costs = np.where(spared > 0, seconds / np.maximum(spared, 1), np.inf)
     late_first = np.argsort(costs[::-1], axis=0, kind="stable")
     order: NDArray[np.int64] = turns - 1 - late_first
     return order

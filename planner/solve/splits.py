@@ -21,12 +21,17 @@ from planner.solve.instance import (
 from planner.solve.recompute import choose_recompute
 from planner.solve.types import Split
 
-__all__ = ["balanced_split", "fits", "greedy_split", "improve", "uniform_split", "warm_start"]
+__all__ = [
+    "balanced_split", "fits", "greedy_split", "improve", "largest_stage", "uniform_split",
+    "warm_start",
+]  # fmt: skip
 
 Flags = NDArray[np.bool_]
 
 # Moves over a distance need one boundary list per pair of stages: only where that is few.
 MAX_STAGES_FOR_DISTANT_MOVES = 24
+# With more stages, a round of the local search takes long and changes next to nothing.
+MAX_STAGES_TO_IMPROVE = 256
 
 
 def uniform_split(num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -52,8 +57,13 @@ def greedy_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
 def balanced_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
     """A split whose largest stage is as small as any split's: the least size is found by halving,
     and stages are filled up to it, leaving a layer to each that follows."""
+    return _filled(prefix, num_stages, largest_stage(prefix, num_stages))
+
+
+def largest_stage(prefix: tuple[int, ...], num_stages: int) -> int:
+    """The least size that the largest stage of a split can have."""
     num_layers = len(prefix) - 1
-    low = max(b - a for a, b in itertools.pairwise(prefix))
+    low = max(max(b - a for a, b in itertools.pairwise(prefix)), -(-prefix[-1] // num_stages))
     high = prefix[-1]
     while low < high:
         middle = (low + high) // 2
@@ -61,7 +71,7 @@ def balanced_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
             high = middle
         else:
             low = middle + 1
-    return _filled(prefix, num_stages, low)
+    return low
 
 
 def _filled(prefix: tuple[int, ...], num_stages: int, most: int) -> tuple[int, ...]:
@@ -83,6 +93,8 @@ def improve(instance: Instance, split: Split, max_evaluations: int) -> Split:
     """Local search: shift a boundary, move a layer between distant stages, or change one stage's
     recompute where that is open. Every round takes the best of all neighbours, by excess memory,
     then step time, then imbalance."""
+    if len(split.recompute) > MAX_STAGES_TO_IMPROVE:
+        return split
     best, best_key = split, _keys(instance, *_arrays([split]))[0]
     num_evaluations = 0
     while num_evaluations < max_evaluations:

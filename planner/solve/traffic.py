@@ -7,7 +7,7 @@ This module knows links and cuts. It does not know time steps.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner.cluster.types import CollectiveAlgorithm, Link
@@ -47,11 +47,11 @@ def ring_traffic(figures: Figures, choice: Choice) -> RingTraffic:
     """Transfers between pipeline ranks; none on one rank, which keeps what its stages pass on."""
     num_cuts, ranks = figures.num_layers + 1, choice.num_pipeline_ranks
     numbers, sizes, entries, exits = ([[0, 0] for _ in range(num_cuts)] for _ in range(4))
-    reach = math.ceil(figures.num_layers / choice.num_stages)
+    reach, stage_ranks = math.ceil(figures.num_layers / choice.num_stages), choice.stage_ranks
     for passage in figures.passages if ranks > 1 else ():
         ends = (passage.holder, passage.reader)
         first, last = (layer * choice.num_stages // figures.num_layers for layer in ends)
-        if max(1, last - first) % ranks == 0:
+        if first + 1 < last and stage_ranks[first] == stage_ranks[last]:
             continue  # in equal stages, both ends are on one rank
         for cut in range(passage.holder + 1, passage.reader + 1):
             # After one round of the ring every rank of the tensor's readers has it.
@@ -109,12 +109,10 @@ def collectives(choice: Choice, link: Link, algorithm: CollectiveAlgorithm) -> C
     )
 
 
-def tied_seconds(figures: Figures, choice: Choice, links: Sequence[Link]) -> float:
+def tied_seconds(figures: Figures, choice: Choice, link: Link) -> float:
     """To add gradients of tied weights between two ranks, after everything else."""
-    if choice.num_pipeline_ranks == 1 or not figures.tied_bytes:
-        return 0.0
     (num_bytes,) = reduced_bytes([figures.tied_bytes], choice)
-    return max(all_reduce_seconds(num_bytes, 2, link) for link in links)
+    return all_reduce_seconds(num_bytes, 2, link)
 
 
 def affine(seconds: Callable[[int], float]) -> tuple[float, float]:

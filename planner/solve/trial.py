@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from planner.solve.entry import placement_of
 from planner.solve.instance import Instance, step_ticks
 from planner.solve.types import Candidate, Placement, Split
 
-__all__ = ["Trial", "candidate_of"]
+__all__ = ["Best", "Trial", "candidate_of"]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,8 +25,6 @@ class Trial:
     """Its step time, by the step-time model."""
     step_seconds: float | None = None
     """Its step time, by the simulator, where that finds that it fits."""
-    seen: set[Split] = field(default_factory=set)
-    """Splits that have been simulated."""
 
     @property
     def placement(self) -> Placement:
@@ -42,6 +40,40 @@ class Trial:
             return False
         self.split, self.objective_seconds, self.step_seconds = split, seconds, None
         return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """The fastest placement simulated, whatever becomes of its trial."""
+
+    trial: Trial
+    instance: Instance
+    split: Split
+    objective_seconds: float
+    step_seconds: float
+
+    @classmethod
+    def of(cls, trial: Trial) -> "Best":
+        """A trial whose split has just been simulated."""
+        assert trial.split is not None
+        assert trial.step_seconds is not None
+        return cls(
+            trial=trial,
+            instance=trial.instance,
+            split=trial.split,
+            objective_seconds=trial.objective_seconds,
+            step_seconds=trial.step_seconds,
+        )
+
+    @property
+    def placement(self) -> Placement:
+        return placement_of(self.instance.choice, self.split)
+
+    def candidate(self) -> Candidate:
+        """As the solution lists it."""
+        return dataclasses.replace(
+            candidate_of(self.trial), verdict="best", step_seconds=self.step_seconds
+        )
 
 
 def candidate_of(trial: Trial) -> Candidate:

@@ -27,7 +27,7 @@ class Placement:
     boundaries: tuple[int, ...]
     """Stage s holds layers boundaries[s] .. boundaries[s + 1] - 1; length num_stages + 1."""
     stage_ranks: tuple[int, ...]
-    """Pipeline rank of each stage: s mod num_pipeline_ranks."""
+    """Pipeline rank of each stage: most often s mod num_pipeline_ranks."""
     micro_batch_size: int
     num_micro_batches: int
     """Per replica and step."""
@@ -55,6 +55,12 @@ class Placement:
         return len(self.stage_ranks)
 
     @property
+    def is_modular(self) -> bool:
+        """Whether stage s is on rank s mod P, and every rank has as many."""
+        rounds, rest = divmod(self.num_stages, self.num_pipeline_ranks)
+        return not rest and self.stage_ranks == tuple(range(self.num_pipeline_ranks)) * rounds
+
+    @property
     def world_size(self) -> int:
         return self.num_replicas * self.num_pipeline_ranks
 
@@ -79,6 +85,7 @@ class Candidate:
     num_replicas: int
     num_pipeline_ranks: int
     stages_per_rank: int
+    """Of the rank with most, where they differ."""
     micro_batch_size: int
     num_micro_batches: int
     partition: int
@@ -95,6 +102,8 @@ class Candidate:
     """Infinite where the model cannot be traced with the micro-batch size."""
     step_seconds: float | None = None
     """Simulated; None where pruned or infeasible."""
+    assignment: tuple[int, ...] = ()
+    """Pipeline rank of each stage; empty: stage s on rank s mod P, as many on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,26 +116,41 @@ class Solution:
     objective_seconds: float
     """The solver's objective for it (the step-time model that CP-SAT minimises)."""
     bound_seconds: float
-    """No layered plan of these layers in this order is simulated to take less: any mesh, batching,
-    split, partition, recompute, offload, pools and layout, tried or not. The batch is given."""
+    """No layered plan of these layers in this order, with stage s on rank s mod P, is simulated to
+    take less: any mesh, batching, split, partition, recompute, offload, pools and layout, tried or
+    not. The batch is given."""
     solve_seconds: float
     """Of the search; tracing and profiling the micro-batch sizes is not included."""
     uniform_seconds: float | None
-    """Simulated step time of the equal-count split of the same mesh; None if it does not fit."""
+    """Simulated step time of the equal-count split of the same mesh; None if it does not fit. The
+    step-time model's, if the time was up and it is clearly slower."""
     greedy_seconds: float | None
     """The same for the greedy split (fill each stage to the mean)."""
     candidates: tuple[Candidate, ...]
     layered_seconds: float | None = None
     """Simulated step of the best layered plan, where the placement's other schedule is faster.
     Objective and bound are those of layered plans."""
+    is_interrupted: bool = False
+    """The user ended the search: it is the best so far."""
+    modular_seconds: float | None = None
+    """Simulated step of the best layered plan with stage s on rank s mod P, where one with stages
+    on other ranks is faster. Objective and bound are those of such plans."""
     traced_order_seconds: float | None = None
     """Simulated step of the best plan with the layers in the order traced, where one with another
     order is faster. Objective and bound are those of the order traced."""
+    any_order_seconds: float | None = None
+    """No plan of these layers in this order is simulated to take less, whatever its schedule; where
+    the placement's is another than the layered one."""
 
     @property
     def certified_seconds(self) -> float:
         """Simulated step of the plan that the bound speaks of."""
-        return self.traced_order_seconds or self.layered_seconds or self.step_seconds
+        return (
+            self.modular_seconds
+            or self.traced_order_seconds
+            or self.layered_seconds
+            or self.step_seconds
+        )
 
     @property
     def gap(self) -> float:

@@ -1,5 +1,5 @@
 """What each instruction does: one function per instruction, over the rank's state."""
 
-from runtime.handlers.table import HANDLERS
+from runtime.handlers.table import HANDLERS, Action
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "Action"]

@@ -1,5 +1,9 @@
 """LOAD, FETCH, EVICT, RELEASE, SEND and RECEIVE: a rank's tensors come and go."""
 
+from collections.abc import Callable
+
+import torch
+
 from planner.plan.names import kind_of
 from planner.plan.types import Instruction
 from runtime.handlers.words import describe, tensor_of
@@ -9,13 +13,18 @@ from runtime.state import RankState
 __all__ = ["evict", "fetch", "load", "receive", "release", "send"]
 
 
-def load(rank: RankState, instruction: Instruction) -> None:
+def load(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     assert instruction.micro_batch is not None
     size = rank.plan.micro_batch_size
     first = instruction.micro_batch * size
-    for name in instruction.writes:
-        rows = rank.batch[tensor_of(name)][first : first + size]
-        rank.buffers[name] = rows.to(rank.device, non_blocking=True)
+    keys = [(tensor_of(name), name) for name in instruction.writes]
+
+    def run() -> None:
+        for key, name in keys:
+            rows = rank.batch[key][first : first + size]
+            rank.buffers[name] = rows.to(rank.device, non_blocking=True)
+
+    return run
 
 
 def fetch(rank: RankState, instruction: Instruction) -> None:
@@ -38,21 +47,35 @@ def release(rank: RankState, instruction: Instruction) -> None:
         rank.buffers[buffer].tensors.put(None)
 
 
-def receive(rank: RankState, instruction: Instruction) -> None:
-    assert instruction.peer is not None
+def receive(rank: RankState, instruction: Instruction) -> Callable[[], None]:
+    peer, what = instruction.peer, describe(instruction)
+    assert peer is not None
     (name,) = instruction.writes
-    tensor = empty(rank.specs[tensor_of(name)], rank.device)
-    rank.buffers[name] = tensor
-    pending = rank.transport.receive(instruction.peer, flat(tensor), describe(instruction))
-    rank.buffers.pending(instruction, pending)
+    spec = rank.specs[tensor_of(name)]
+    stride, dtype = dense_stride(spec.shape, spec.stride), getattr(torch, spec.dtype)
+
+    def run() -> None:
+        tensor = torch.empty_strided(spec.shape, stride, dtype=dtype, device=rank.device)
+        rank.buffers[name] = tensor
+        vector = tensor if tensor.is_contiguous() else flat(tensor)
+        pending = rank.transport.receive(peer, vector, what)
+        rank.buffers.pending(instruction, pending)
+
+    return run
 
 
-def send(rank: RankState, instruction: Instruction) -> None:
-    assert instruction.peer is not None
+def send(rank: RankState, instruction: Instruction) -> Callable[[], None]:
+    peer, what = instruction.peer, describe(instruction)
+    assert peer is not None
     (name,) = instruction.reads
-    spec, tensor = rank.specs[tensor_of(name)], rank.buffers[name]
-    if tensor.stride() != dense_stride(spec.shape, spec.stride):
-        tensor = empty(spec, rank.device).copy_(tensor)
-    vector = flat(tensor)
-    pending = rank.transport.send(instruction.peer, vector, describe(instruction))
-    rank.sends.add(pending, vector)
+    spec = rank.specs[tensor_of(name)]
+    stride = dense_stride(spec.shape, spec.stride)
+
+    def run() -> None:
+        tensor = rank.buffers[name]
+        if tensor.stride() != stride:
+            tensor = empty(spec, rank.device).copy_(tensor)
+        vector = tensor if tensor.is_contiguous() else flat(tensor)
+        rank.sends.add(rank.transport.send(peer, vector, what), vector)
+
+    return run

@@ -1,6 +1,11 @@
-"""The function of every instruction."""
+"""The function of every instruction.
+
+It is called once for each instruction of a program, when the executor is built, and returns what
+the instruction does in every step.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 from planner.plan.types import Instruction, Opcode
 from runtime.handlers.compute import backward, forward, recompute
@@ -9,14 +14,23 @@ from runtime.handlers.movement import evict, fetch, load, receive, release, send
 from runtime.handlers.update import check_finite, clip, save, update
 from runtime.state import RankState
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "Action", "Handler", "each_time"]
 
-HANDLERS: dict[Opcode, Callable[[RankState, Instruction], None]] = {
+Action = Callable[[], None]
+Handler = Callable[[RankState, Instruction], Action]
+
+
+def each_time(function: Callable[[RankState, Instruction], None]) -> Handler:
+    """The handler of an instruction that has little to prepare: all is done when it runs."""
+    return lambda rank, instruction: partial(function, rank, instruction)
+
+
+HANDLERS: dict[Opcode, Handler] = {
     Opcode.LOAD: load,
-    Opcode.FETCH: fetch,
-    Opcode.EVICT: evict,
-    Opcode.GATHER: gather,
-    Opcode.RELEASE: release,
+    Opcode.FETCH: each_time(fetch),
+    Opcode.EVICT: each_time(evict),
+    Opcode.GATHER: each_time(gather),
+    Opcode.RELEASE: each_time(release),
     Opcode.RECEIVE: receive,
     Opcode.SEND: send,
     Opcode.FORWARD: forward,
@@ -24,10 +38,10 @@ HANDLERS: dict[Opcode, Callable[[RankState, Instruction], None]] = {
     Opcode.BACKWARD: backward,
     Opcode.BACKWARD_INPUT: backward,
     Opcode.BACKWARD_WEIGHT: backward,
-    Opcode.REDUCE: reduce,
-    Opcode.REDUCE_TIED: reduce_tied,
-    Opcode.CHECK_FINITE: check_finite,
-    Opcode.CLIP: clip,
-    Opcode.UPDATE: update,
-    Opcode.SAVE: save,
+    Opcode.REDUCE: each_time(reduce),
+    Opcode.REDUCE_TIED: each_time(reduce_tied),
+    Opcode.CHECK_FINITE: each_time(check_finite),
+    Opcode.CLIP: each_time(clip),
+    Opcode.UPDATE: each_time(update),
+    Opcode.SAVE: each_time(save),
 }

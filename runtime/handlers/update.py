@@ -11,6 +11,7 @@ from torch import Tensor
 
 from planner.plan.types import Instruction
 from runtime.handlers.words import describe
+from runtime.hooks import not_finite
 from runtime.shards import UnitState
 from runtime.state import RankState
 from runtime.transport import Then
@@ -64,6 +65,8 @@ def update(rank: RankState, instruction: Instruction) -> None:
         state.attach_piece_gradients(gradient)
         optimizer.step()
         optimizer.release_gradients()
+    else:
+        rank.not_finite += not_finite(state, gradient)
 
 
 def save(rank: RankState, instruction: Instruction) -> None:
