@@ -61,6 +61,8 @@ class ParameterSpec:
     dtype: str
     trainable: bool
     """False where frozen, or where no gradient ever reaches it."""
+    compute_dtype: str = ""
+    """Of the copy that layers compute with, where that is not the parameter itself."""
 
     @property
     def num_elements(self) -> int:
@@ -69,6 +71,11 @@ class ParameterSpec:
     @property
     def num_bytes(self) -> int:
         return self.num_elements * DTYPE_BYTES[self.dtype]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of what layers compute with."""
+        return self.num_elements * DTYPE_BYTES[self.compute_dtype or self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

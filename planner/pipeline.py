@@ -3,7 +3,7 @@
 This module knows the order of the levels. It does not know what any level does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -22,6 +22,7 @@ from planner.measure.measured import MeasuredModel
 from planner.model_file import ModelFile
 from planner.order import OrderFound
 from planner.plan.types import Plan, Prediction
+from planner.precision import Precision
 from planner.prepare import Prepared, prepare
 from planner.schedules import OrderSearch
 from planner.simulate import Simulation
@@ -71,8 +72,11 @@ def make_plan(
     measured: MeasuredModel | None = None,
     memory_limit_bytes: int | None = None,
     clip_norm: float | None = None,
+    clip_delayed: bool = False,
     check_finite: bool = False,
     save: bool = False,
+    precision: Precision = Precision.MODEL,
+    keep_float32: Sequence[str] = (),
     time_limit_seconds: float = 20.0,
     seed: int = 0,
     order: OrderSearch | None = None,
@@ -93,8 +97,11 @@ def make_plan(
         measured=measured,
         memory_limit_bytes=memory_limit_bytes,
         clip_norm=clip_norm,
+        clip_delayed=clip_delayed,
         check_finite=check_finite,
         save=save,
+        precision=precision,
+        keep_float32=keep_float32,
         time_limit_seconds=time_limit_seconds,
         seed=seed,
     )

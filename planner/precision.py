@@ -2,17 +2,17 @@
 
 In mixed precision a step computes on a copy of the parameters in a type of two bytes, with
 activations and boundary tensors of that type; master weights, sums of gradients over micro-batches
-and the optimizer's state stay in float32. The runtime does not execute it: it is counted, for
-profiles and predictions. This module knows types and bytes. It does not know optimizers.
+and the optimizer's state stay in float32. This module knows types and bytes. It does not know
+optimizers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from planner.graph import DTYPE_BYTES, ParameterSpec
+from planner.graph import DTYPE_BYTES, LayerGraph, ParameterSpec
 
-__all__ = ["ParameterState", "Precision", "parameter_state"]
+__all__ = ["ParameterState", "Precision", "parameter_state", "with_masters"]
 
 _MASTER = "float32"
 
@@ -79,3 +79,22 @@ def parameter_state(
         gradient_bytes=master_bytes,
         optimizer_bytes=optimizer_bytes,
     )
+
+
+def with_masters(graph: LayerGraph, precision: Precision) -> LayerGraph:
+    """A graph traced in this precision, its trained parameters those that are kept and updated.
+
+    Each names the type of its compute copy where that is another. Frozen ones have that copy alone.
+    """
+    if not precision.is_mixed:
+        return graph
+    return replace(
+        graph, parameters=tuple(_master(parameter, precision) for parameter in graph.parameters)
+    )
+
+
+def _master(parameter: ParameterSpec, precision: Precision) -> ParameterSpec:
+    master = precision.master_dtype(parameter.dtype)
+    if not parameter.trainable or master == parameter.dtype:
+        return parameter
+    return replace(parameter, dtype=master, compute_dtype=parameter.dtype)

@@ -5,7 +5,7 @@ This module knows the defaults of what the user leaves open. It does not know ho
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 
@@ -20,12 +20,13 @@ from planner.measure.measured import MeasuredModel
 from planner.measure.optimizer import optimizer_slots
 from planner.model_file import ModelFile
 from planner.plan.types import Plan, PlanOptions
+from planner.precision import Precision, with_masters
 from planner.profile import Profile
 from planner.schedule import Order
 from planner.schedules import OrderSearch
 from planner.simulate import Simulation, simulate
 from planner.solve import Constraints, Placement, Problem
-from planner.trace import TracedModel, same_graph, trace
+from planner.trace import TracedModel, patterns_of, same_graph, trace
 
 __all__ = ["DEFAULT_SAMPLES_PER_DEVICE", "Prepared", "default_batch_size", "prepare"]
 
@@ -107,8 +108,11 @@ def prepare(
     measured: MeasuredModel | None = None,
     memory_limit_bytes: int | None = None,
     clip_norm: float | None = None,
+    clip_delayed: bool = False,
     check_finite: bool = False,
     save: bool = False,
+    precision: Precision = Precision.MODEL,
+    keep_float32: Sequence[str] = (),
     time_limit_seconds: float = 20.0,
     seed: int = 0,
 ) -> Prepared:
@@ -118,18 +122,33 @@ def prepare(
     (`planner.measure.file`) layers take what was measured. `memory_limit_bytes` is per device
     (the device's memory less what is reserved, where absent), `time_limit_seconds` for the solver.
     With `clip_norm` (largest norm of the whole model's gradient) or `check_finite` (skip the update
-    of a step with a gradient that is not finite) all updates stand at the end of the step. With
-    `save` every step leaves a complete checkpoint in host memory (`Executor.checkpoint`).
+    of a step with a gradient that is not finite) all updates stand at the end of the step, unless
+    `clip_delayed` scales by the norm of the step before. With `save` every step leaves a complete
+    checkpoint in host memory (`Executor.checkpoint`). A mixed `precision` computes in its type and
+    keeps float32 masters, but for modules of parameters that patterns say to keep, here or in the
+    model file; float16 scales the loss, so it implies `check_finite`.
 
     Raises:
-        UsageError: the profile was measured of another model or device, or a figure is impossible.
+        UsageError: the profile was measured of another model or device, or in another precision, or
+            a figure is impossible.
         ModelFileError, TraceError: the model cannot be built or traced into layers.
     """
     constraints, started = constraints or Constraints(), time.monotonic()
+    patterns = patterns_of(model_file, precision, keep_float32)
+    if measured is not None:
+        _check_precision(measured, precision, patterns)
     step = PlanOptions(
-        seed=seed, clip_norm=_checked_norm(clip_norm), check_finite=check_finite, save=save
+        seed=seed,
+        clip_norm=_checked_norm(clip_norm),
+        clip_delayed=clip_delayed,
+        check_finite=check_finite or precision is Precision.FLOAT16,
+        save=save,
+        precision=precision,
+        keep_float32=patterns,
     )
-    traced = trace(model_file)
+    _check_delayed(step)
+    traced = trace(model_file, precision, patterns)
+    graph = with_masters(traced.first_graph, precision)
     options = _with_optimizer(step, model_file, cluster)
     slots = options.optimizer_slots
     if global_batch_size is None:
@@ -140,14 +159,14 @@ def prepare(
         cluster=cluster,
         num_devices=num_devices,
         global_batch_size=global_batch_size,
-        constraints=within_host_memory(constraints, cluster, traced.first_graph, slots),
+        constraints=within_host_memory(constraints, cluster, graph, slots),
         memory_limit_bytes=memory_limit_bytes,
         time_limit_seconds=time_limit_seconds,
         seed=seed,
     )
     question = Prepared(
         problem=_with_step(problem, options),
-        graph=traced.first_graph,
+        graph=graph,
         options=options,
         trace_seconds=time.monotonic() - started,
     )
@@ -159,14 +178,14 @@ def prepare(
 
 def _with_step(problem: Problem, options: PlanOptions) -> Problem:
     """The problem with what the step's options mean for time and memory."""
-    clips = options.clip_norm is not None
+    clips = options.clip_norm is not None and not options.clip_delayed
     return replace(
         problem,
         optimizer_slots=options.optimizer_slots,
         update_slots_of_each=options.update_slots_of_each,
         update_slots_of_previous=options.update_slots_of_previous,
         update_slots_of_all=options.update_slots_of_all,
-        updates_wait=options.check_finite or clips,
+        updates_wait=options.updates_wait,
         num_verdicts=options.check_finite + clips,
     )
 
@@ -183,14 +202,42 @@ def _with_graphs(
     def profile_at(size: int) -> Profile:
         return measure(traced, size, graph=graph_at(size))
 
-    problem = replace(question.problem, graph_at=graph_at, profile_at=profile_at)
+    @cache
+    def kept_graph_at(size: int) -> LayerGraph:
+        return with_masters(graph_at(size), traced.precision)
+
+    problem = replace(question.problem, graph_at=kept_graph_at, profile_at=profile_at)
     if measured is None:
         return replace(question, problem=problem)
-    slots = problem.optimizer_slots
     # The layers of a graph that follows from two others are not named as what was measured is.
-    applied = apply_profile(measured, traced.layer_graph, profile_at, problem.cluster, slots)
+    slots, precision = problem.optimizer_slots, traced.precision
+    applied = apply_profile(
+        measured,
+        lambda size: with_masters(traced.layer_graph(size), precision),
+        profile_at,
+        problem.cluster,
+        slots,
+    )
     problem = replace(problem, profile_at=cache(applied.profile_at), cluster=applied.cluster)
     return replace(question, problem=problem, measured=applied)
+
+
+def _check_precision(
+    measured: MeasuredModel, precision: Precision, patterns: tuple[str, ...]
+) -> None:
+    """Refuse seconds of layers that computed in other types."""
+    if (measured.precision, measured.keep_float32) == (precision, patterns):
+        return
+
+    def words(of: Precision, kept: tuple[str, ...]) -> str:
+        own = "its own types" if of is Precision.MODEL else of.value
+        return f"{own}, {', '.join(kept)} in float32" if kept else own
+
+    found, wanted = words(measured.precision, measured.keep_float32), words(precision, patterns)
+    raise UsageError(
+        f"the profile was measured of the model in {found}, but the plan is to be in {wanted}",
+        hint="measure with the same --precision and --keep-float32: lga-profile MODEL",
+    )
 
 
 def _with_optimizer(options: PlanOptions, model_file: ModelFile, cluster: Cluster) -> PlanOptions:
@@ -202,6 +249,17 @@ def _with_optimizer(options: PlanOptions, model_file: ModelFile, cluster: Cluste
         update_slots_of_previous=slots.of_previous,
         update_slots_of_all=slots.of_all,
     )
+
+
+def _check_delayed(options: PlanOptions) -> None:
+    if options.clip_delayed and options.clip_norm is None:
+        raise UsageError("clip_delayed without clip_norm", hint="give the norm with --clip-norm")
+    if options.clip_delayed and options.check_finite:
+        raise UsageError(
+            "clip_delayed and check_finite: updates that wait for the check gain nothing by a norm "
+            "of the step before",
+            hint="leave out one of the two",
+        )
 
 
 def _checked_norm(clip_norm: float | None) -> float | None:

@@ -4,6 +4,7 @@ Transfers, collectives and copies are started where they stand in the program an
 the first instruction that conflicts with their buffers.
 """
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from runtime.code import LossFunction
 from runtime.gathering import gather_objects
 from runtime.handlers import HANDLERS, Action
 from runtime.inputs import check_batch, replica_part
+from runtime.loss_scale import LossScale
 from runtime.loss_weights import LossWeight, LossWeights, weighted_mean
 from runtime.optimize import BuildOptimizer, BuildScheduler, default_optimizer
 from runtime.program import Program
@@ -146,6 +148,11 @@ class Executor(TrainingState):
         self.loads_batch = any(loads) or rank.loss_weights is not None
         self._lines = {program: tuple(_lines(self._rank, program)) for program in programs}
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """What the next step multiplies the loss by (a copy); None but in float16."""
+        return copy.copy(self._rank.loss_scale)
+
     def step(self, batch: Mapping[str, Tensor]) -> StepResult:
         """One optimizer update.
 
@@ -167,9 +174,12 @@ class Executor(TrainingState):
         for function in self._before_step.functions:
             function(batch)
         result = self._run(self._rank.training, batch, self.learning_rate)
-        self._rank.step += 1
+        rank = self._rank
+        rank.step += 1
+        if rank.loss_scale is not None:
+            rank.loss_scale.follow(finite=result.finite is not False)
         if self.plan.options.save:
-            self._rank.host.complete(self._rank.step)
+            rank.host.complete(rank.step, self.loss_scale)
         for function in self._after_step.functions:
             function(result)
         return result

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from planner.plan.names import kind_of
 from runtime.layout import dense_stride
+from runtime.loss_scale import LossScale
 from runtime.transport import Pending
 
 __all__ = ["Checkpoint", "HostMemory"]
@@ -32,6 +33,8 @@ class Checkpoint:
     """By unit: this rank's part of its flat vector."""
     moments: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """By unit and parameter: what the optimizer keeps for this rank's part, under its own names."""
+    loss_scale: LossScale | None = None
+    """Of the next step; None but in float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class HostMemory:
         """Let go of what a host: buffer holds, if anything."""
         self._values.pop(name, None)
 
-    def complete(self, num_steps: int) -> None:
+    def complete(self, num_steps: int, loss_scale: LossScale | None = None) -> None:
         """What shards and moments hold now is the checkpoint after so many steps."""
         found: dict[str, dict[str, Any]] = {"shard": {}, "moments": {}}
         for name, value in self._values.items():
@@ -92,7 +95,10 @@ class HostMemory:
                 unit = buffer.partition(":")[2]
                 found[kind_of(buffer)][unit] = _over(_Copy, lambda copy: copy.tensor, value)
         self._checkpoint = Checkpoint(
-            num_steps=num_steps, shards=found["shard"], moments=found["moments"]
+            num_steps=num_steps,
+            shards=found["shard"],
+            moments=found["moments"],
+            loss_scale=loss_scale,
         )
 
     @property

@@ -99,7 +99,7 @@ def check_batch(plan: Plan, batch: Mapping[str, Tensor]) -> None:
                 hint="give such a batch, or plan again with another --batch-size",
             )
         dtype = str(batch[spec.name].dtype).removeprefix("torch.")
-        if dtype != spec.dtype:
+        if dtype != spec.dtype and not _is_cast(plan, spec.dtype, batch[spec.name].dtype):
             raise UsageError(
                 f"batch key {spec.name!r} is of {dtype}, but the plan is for {spec.dtype}",
                 hint=f"convert it, as example_batch does: batch[{spec.name!r}].to(torch."
@@ -120,7 +120,7 @@ class CheckedDataset(Dataset[dict[str, Any]]):
     """A map-style dataset whose items are compared with what the plan was made for."""
 
     def __init__(self, dataset: Any, plan: Plan) -> None:
-        self._dataset = dataset
+        self._dataset, self._plan = dataset, plan
         self._specs = {spec.name: (spec.shape[1:], spec.dtype) for spec in plan.batch}
 
     def __len__(self) -> int:
@@ -138,21 +138,33 @@ class CheckedDataset(Dataset[dict[str, Any]]):
             if name not in item:
                 has = ", ".join(map(repr, item)) or "nothing"
                 raise _item_error(index, f"has no key {name!r}; it has {has}", self._specs)
-            found = _described(item[name])
+            tensor = _as_tensor(item[name])
+            found = f"a {type(item[name]).__name__}" if tensor is None else _described(tensor)
             expected = f"{dtype} of shape {tuple(shape)}"
-            if found != expected:
+            if tensor is not None and _is_cast(self._plan, dtype, tensor.dtype):
+                tensor = tensor.to(getattr(torch, dtype))
+            if tensor is None or _described(tensor) != expected:
                 what = f"holds in {name!r} {found}, but the plan is for {expected}"
                 raise _item_error(index, what, self._specs)
         return item
 
 
-def _described(value: Any) -> str:
-    """Type and shape of what torch's default_collate makes a batch from."""
+def _is_cast(plan: Plan, wanted: str, found: torch.dtype) -> bool:
+    """Whether a floating tensor will be cast to the type that the plan computes in."""
+    return found.is_floating_point and wanted == plan.options.precision.compute_dtype
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """What torch's default_collate makes a batch from, None of anything else."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+        return value
     if isinstance(value, int | float | np.ndarray | np.generic):
-        return _described(torch.as_tensor(np.asarray(value)))
-    return f"a {type(value).__name__}"
+        return torch.as_tensor(np.asarray(value))
+    return None
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 def _item_error(index: int, what: str, specs: dict[str, Any]) -> ModelFileError:

@@ -110,7 +110,7 @@ def _comes_and_goes(name: str, offloaded: Collection[str]) -> bool:
     kind = kind_of(name)
     if kind == "host":
         return kind_of(name.removeprefix("host:")) not in ("shard", "moments")
-    return kind in offloaded or kind not in ("weights", "sum", "shard", "moments")
+    return kind in offloaded or kind not in ("weights", "sum", "shard", "moments", "clip")
 
 
 def _units_of_sums(instructions: Sequence[Instruction]) -> dict[int, Mapping[str, str]]:

@@ -4,7 +4,8 @@ A unit's parameters lie one after another in one flat vector. The user's paramet
 it, so the user's modules compute on it directly. With partition 1 to 3 each replica owns one equal
 part (padded) of the vector. With 1 and 2 that part is a view of the whole, which stays. With 3 the
 whole exists only in a gather buffer, while a stage needs it. So it does with partition 0 where the
-state lives in host memory, and the shard is here while it is used.
+state lives in host memory, and the shard is here while it is used. In mixed precision the shard is
+always a vector of its own, the masters in float32, and the whole is the copy to compute with.
 
 This module knows memory and names. It does not know when anything happens.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from planner.graph import DTYPE_BYTES
 from planner.plan.flat import flat_ranges
 from planner.plan.types import Plan, Unit
 from runtime.layout import dense_stride, flat
@@ -55,21 +57,24 @@ class UnitState:
         parts = plan.num_replicas
         self.part_length = math.ceil(length / parts)
         self.padded_length = self.part_length * parts if self.partitioned else length
-        example = next(iter(self.parameters.values()))
-        whole = example.detach().new_zeros(self.padded_length)
-        for name, view in self.views(whole):
-            view.copy_(self.parameters[name].detach())
+        dtype = next(iter(self.parameters.values())).dtype
+        if plan.options.precision.is_mixed:
+            dtype = getattr(torch, unit.dtype)
+        self.dtype = str(dtype).removeprefix("torch.")
+        """Of the shard, as plans spell it: by default the model's own parameters'."""
+        self.weights_dtype = unit.compute_dtype or self.dtype
+        whole = self._copied(dtype)
         self.first, self.last = 0, length
         if self.partitioned:
             self.first = replica * self.part_length
             self.last = self.first + self.part_length
         self._whole: Tensor | None = None
         self._shard: Tensor | None = whole[self.first : self.last]
-        if not self.gathered:
-            self._whole = whole
-            self.attach_weights(whole)
-        elif self.partitioned:
+        if self.partitioned and (self.gathered or self.has_copy):
             self._shard = whole[self.first : self.last].clone()
+        if not self.gathered:
+            self._whole = whole.to(getattr(torch, self.weights_dtype))
+            self.attach_weights(self._whole)
         self.pieces = tuple(self._pieces())
 
     @property
@@ -86,20 +91,20 @@ class UnitState:
 
     @property
     def resident_tensors(self) -> list[Tensor]:
-        """The whole weights in place; or the shard, if it is on the device."""
-        if self._whole is not None:
-            return [self._whole]
-        return [] if self._shard is None else [self._shard]
+        """The whole weights in place; and the shard, if it is no part of them and on the device."""
+        found = [] if self._whole is None else [self._whole]
+        apart = self._shard is not None and (self._whole is None or self.has_copy)
+        return [*found, *([self.shard] if apart else [])]
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether stages compute with a copy in another type than the shard's."""
+        return bool(self.unit.compute_dtype)
 
     @property
     def has_own_pieces(self) -> bool:
         """Whether the optimizer sees tensors of ours instead of the user's parameters."""
-        return self.gathered or self.partitioned
-
-    @property
-    def dtype(self) -> str:
-        """Of the model's own parameters, as plans spell it."""
-        return str(next(iter(self.parameters.values())).dtype).removeprefix("torch.")
+        return self.gathered or self.partitioned or self.has_copy
 
     @property
     def num_elements(self) -> int:
@@ -114,6 +119,10 @@ class UnitState:
                 piece.parameter.data = piece.parameter.data.new_empty(0)
             else:
                 piece.parameter.data = self._view(shard, piece)
+
+    def cast_into(self, whole: Tensor) -> Tensor:
+        """This rank's part of the weights that stages compute with, made from the shard."""
+        return whole[self.first : self.last].copy_(self.shard)
 
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view in the parameter's shape) of each parameter in a whole flat vector."""
@@ -135,8 +144,9 @@ class UnitState:
 
     def detach_weights(self) -> None:
         """The user's parameters hold no memory until weights are attached again."""
+        dtype = getattr(torch, self.weights_dtype)
         for parameter in self.parameters.values():
-            parameter.data = parameter.data.new_empty(0)
+            parameter.data = parameter.data.new_empty(0, dtype=dtype)
 
     def detach_gradients(self) -> None:
         for parameter in self.parameters.values():
@@ -168,9 +178,19 @@ class UnitState:
     def _ranges(self, *, is_packed: bool) -> tuple[dict[str, tuple[int, int]], int]:
         """Where each parameter lies, and the length of all."""
         sizes = [math.prod(shape) for shape in self.shapes.values()]
-        element_bytes = next(iter(self.parameters.values())).element_size()
+        element_bytes = DTYPE_BYTES[self.unit.weights_dtype]
         ranges = flat_ranges(sizes, element_bytes, is_packed=is_packed)
         return dict(zip(self.parameters, ranges, strict=True)), ranges[-1][1]
+
+    def _copied(self, dtype: torch.dtype) -> Tensor:
+        """The freshly built parameters in one padded vector."""
+        example = next(iter(self.parameters.values()))
+        whole = example.detach().new_zeros(self.padded_length, dtype=dtype)
+        for name, view in self.views(whole):
+            view.copy_(self.parameters[name].detach())
+            if self.has_copy and name in self.trainable:
+                self.parameters[name].grad_dtype = None  # gradients are added to float32 sums
+        return whole
 
     def _pieces(self) -> Iterator[Piece]:
         for name, (first, last) in self.ranges.items():

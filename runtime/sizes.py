@@ -74,9 +74,11 @@ def _needs(
                 part = plan.options.optimizer_slots * moment_elements(trained, part)
             yield name, _Needed(units[unit].dtype, part, unit)
         elif kind == "weights" and not plan.gathers:
-            yield name, _Needed(units[unit].dtype, whole, unit)
+            yield name, _Needed(units[unit].weights_dtype, whole, unit)
     for name, unit in pools:
-        yield name, _Needed(units[unit].dtype, _lengths(plan, units[unit])[0], unit)
+        state = units[unit]
+        dtype = state.weights_dtype if kind_of(name) == "weights" else state.dtype
+        yield name, _Needed(dtype, _lengths(plan, state)[0], unit)
 
 
 def _lengths(plan: Plan, state: UnitState) -> tuple[int, int]:

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planner.compute_type import to_compute_type
 from planner.plan.names import kind_of
 from planner.plan.types import Instruction, Plan
+from planner.precision import Precision
 from planner.schedules import Schedule
 from runtime.buffers import Buffers, Sends
 from runtime.code import LossFunction
 from runtime.host import HostMemory
+from runtime.loss_scale import LossScale
 from runtime.loss_weights import LossWeights
 from runtime.optimize import BuildOptimizer, BuildScheduler, UnitOptimizer
 from runtime.program import Program
@@ -49,9 +52,13 @@ class RankState:
         self.random = KeyedRandom(plan.options.seed)
         self.buffers, self.sends, self.host = Buffers(), Sends(), HostMemory(device)
         self.step = 0
+        is_scaled = plan.options.precision is Precision.FLOAT16
+        self.loss_scale = LossScale() if is_scaled else None
         self.observer: GradientObserver | None = None
         self.loss_weights: LossWeights | None = None
         """Where the loss is computed, if the user weighs micro-batches."""
+        if plan.options.clip_delayed:
+            self.buffers["clip:scale"] = torch.ones((), device=device)
         self.begin(self.training, {})
         mine = [stage for stage in plan.stages if stage.rank == self.rank]
         names = {name for stage in mine for name in stage.units}
@@ -68,6 +75,9 @@ class RankState:
         programs = (self.training, self.evaluation)
         check_table(plan, self.rank, self.units, programs)
         self._forget_others(model)
+        held = {id(p) for state in self.units.values() for p in state.parameters.values()}
+        options = plan.options
+        to_compute_type(model, options.precision, options.keep_float32, done=held)
         pools = {}
         if plan.gathers:
             pools = make_pools(plan, self.rank, "weights", self.units, programs, device)
@@ -136,7 +146,12 @@ class RankState:
     def gradient_of_loss(self, loss: Tensor, micro_batch: int) -> Tensor:
         """What backward starts from: the step's loss is the mean of all micro-batches'."""
         if self.loss_weights is not None:
-            return self.loss_weights.root(loss, micro_batch)
+            root = self.loss_weights.root(loss, micro_batch)
+        else:
+            root = self._mean_root(loss)
+        return root if self.loss_scale is None else root * self.loss_scale.scale
+
+    def _mean_root(self, loss: Tensor) -> Tensor:
         root = self._root
         if root is None or root.dtype != loss.dtype or root.shape != loss.shape:
             self._root = root = torch.ones_like(loss) / self.num_losses
@@ -186,6 +201,7 @@ class RankState:
         """What stays allocated on the device between steps."""
         found = [tensor for state in self.units.values() for tensor in state.resident_tensors]
         found += [*self.weights.tensors.values(), *self.sums.values()]
+        found += [self.buffers["clip:scale"]] if self.plan.options.clip_delayed else []
         return found + [t for optimizer in self.optimizers.values() for t in optimizer.tensors()]
 
     def _forget_others(self, model: torch.nn.Module) -> None:

@@ -151,12 +151,14 @@ class TrainingState:
         """Whole parameters of this rank's stages and buffers of their modules, by name.
 
         As in the model's own state_dict, buffers that are made anew are not part of it.
-        Where weights are partitioned this is a collective over the replicas.
+        In mixed precision parameters are the float32 masters, buffers are of the compute type.
+        Where weights or masters are partitioned this is a collective over the replicas.
         """
         found: dict[str, Tensor] = {}
         for state in self._rank.units.values():
-            flat = shard = self._shard(state) if state.gathered else state.whole
-            if state.gathered and state.partitioned:
+            is_apart = state.gathered or state.has_copy
+            flat = shard = self._shard(state) if is_apart else state.whole
+            if is_apart and state.partitioned:
                 flat = shard.new_empty(state.padded_length)
                 what = f"state of unit {state.unit.name}"
                 self._rank.transport.gather(shard, flat, what).wait()

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from planner.compute_type import cast_tensor, to_compute_type
 from planner.model_file import ModelFile
 from planner.plan.types import Plan, Unit
 from runtime.build import build_model
 from runtime.data import Batches
 from runtime.executor import Executor, StepResult
-from runtime.reference import accumulate, loss_of_model
+from runtime.loss_scale import LossScale
+from runtime.reference import accumulate, accumulate_mixed, loss_of_model
 from runtime.shards import UnitState
 
 __all__ = ["Difference", "Recorder", "compare", "tolerance_of", "worst"]
@@ -66,7 +68,8 @@ def tolerance_of(plan: Plan, unit: Unit) -> float:
     """0 where the order of additions is that of plain accumulation."""
     if plan.num_replicas == 1 and len(unit.ranks) == 1:
         return 0.0
-    return RELATIVE_RMS[unit.dtype]
+    # Between ranks a micro-batch's parts of a tied gradient are added in float32, plainly in half.
+    return RELATIVE_RMS[unit.dtype if len(unit.ranks) == 1 else unit.weights_dtype]
 
 
 def compare(
@@ -80,12 +83,18 @@ def compare(
 
     Call it with a fresh executor (its parameters still those of the seed), on every rank.
     """
-    recorder = Recorder()
-    executor.observe(recorder)
-    result = executor.step(batches.batch(step, executor.replica) if executor.loads_batch else {})
-    executor.observe(None)
     model = build_model(model_file, plan.options.seed, executor.device)
-    losses = _run_reference(plan, model_file, model, batches, step, executor.device)
+    to_compute_type(model, plan.options.precision, plan.options.keep_float32)
+    while True:
+        recorder, scale = Recorder(), executor.loss_scale
+        executor.observe(recorder)
+        batch = batches.batch(step, executor.replica) if executor.loads_batch else {}
+        result = executor.step(batch)
+        executor.observe(None)
+        losses = _run_reference(plan, model_file, model, batches, step, executor.device, scale)
+        if result.finite is not False or scale is None or scale.scale < 1:
+            break
+        step += 1  # float16 has found that its scale is too large, updated nothing, and halved it
     first = executor.replica * plan.num_micro_batches
     found = [
         _difference(f"loss of micro-batch {m}", mine, losses[first + m], 0.0)
@@ -142,21 +151,32 @@ def _run_reference(
     batches: Batches,
     step: int,
     device: torch.device,
+    loss_scale: LossScale | None,
 ) -> list[Tensor]:
     """Losses of replica 0's micro-batches, then replica 1's, ...; gradients stay in the model."""
-    size = plan.micro_batch_size
+    size, precision = plan.micro_batch_size, plan.options.precision
     micro_batches: list[tuple[int, int, Mapping[str, Tensor]]] = []
     for replica in range(plan.num_replicas):
         batch = batches.batch(step, replica)
         for m in range(plan.num_micro_batches):
-            rows = {key: v[m * size : (m + 1) * size].to(device) for key, v in batch.items()}
+            rows = {
+                key: cast_tensor(value[m * size : (m + 1) * size], precision).to(device)
+                for key, value in batch.items()
+            }
             micro_batches.append((replica, m, rows))
-    return accumulate(
+    loss_of, seed = loss_of_model(model, model_file), plan.options.seed
+    if not precision.is_mixed:
+        return accumulate(
+            model, loss_of, micro_batches, seed=seed, step=step, weight_of=model_file.loss_weight
+        )
+    scale = 1.0 if loss_scale is None else loss_scale.scale
+    return accumulate_mixed(
         model,
-        loss_of_model(model, model_file),
+        loss_of,
         micro_batches,
-        seed=plan.options.seed,
+        seed=seed,
         step=step,
+        loss_scale=scale,
         weight_of=model_file.loss_weight,
     )
 

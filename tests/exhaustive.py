@@ -51,6 +51,8 @@ def random_problem(seed: int, max_placements: int, *, assigned: bool = False) ->
     generator = random.Random(seed)
     num_layers = generator.randint(3, 5) if assigned else generator.randint(1, 10)
     problem = _free_problem(generator, num_layers, assigned=assigned)
+    if seed % 3 == 0:
+        problem = _mixed(problem)
     names = [name for name in DEMANDS if not (assigned and name in STAGES)]
     generator.shuffle(names)
     wanted: dict[str, int | bool] = {}
@@ -77,6 +79,21 @@ def random_problem(seed: int, max_placements: int, *, assigned: bool = False) ->
         num_layers=num_layers,
         simulated=simulated,
     )
+
+
+def _mixed(problem: Problem) -> Problem:
+    """The problem with float32 masters of weights that compute in a type half as large."""
+
+    @cache
+    def graph_at(size: int) -> LayerGraph:
+        graph = problem.graph_at(size)
+        parameters = (
+            dataclasses.replace(parameter, compute_dtype="bfloat16")
+            for parameter in graph.parameters
+        )
+        return dataclasses.replace(graph, parameters=tuple(parameters))
+
+    return dataclasses.replace(problem, graph_at=graph_at)
 
 
 def best_seconds(small: Small) -> float:

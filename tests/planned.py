@@ -14,6 +14,7 @@ from planner.lower import lower
 from planner.measure import measure
 from planner.model_file import ModelFile, model_from_functions
 from planner.plan.types import Plan, PlanOptions
+from planner.precision import Precision, with_masters
 from planner.profile import Profile
 from planner.solve.types import Placement
 from planner.trace import TracedModel, trace
@@ -54,14 +55,14 @@ def model_of(build: Layer, loss_fn: Any = square, batch: Any = vectors) -> Model
 
 
 @functools.cache
-def traced(model_file: ModelFile) -> TracedModel:
+def traced(model_file: ModelFile, precision: Precision = Precision.MODEL) -> TracedModel:
     """The model's trace, made once."""
-    return trace(model_file)
+    return trace(model_file, precision, model_file.keep_float32)
 
 
 @functools.cache
-def _profile(model_file: ModelFile, micro_batch_size: int) -> Profile:
-    return measure(traced(model_file), micro_batch_size)
+def _profile(model_file: ModelFile, micro_batch_size: int, precision: Precision) -> Profile:
+    return measure(traced(model_file, precision), micro_batch_size)
 
 
 def plan_of(
@@ -82,7 +83,9 @@ def plan_of(
 
     `choices` are further fields of its Placement.
     """
-    graph = traced(model_file).layer_graph(micro_batch_size)
+    options = options or PlanOptions(deadline_seconds=20)
+    precision = options.precision
+    graph = with_masters(traced(model_file, precision).layer_graph(micro_batch_size), precision)
     assert boundaries[-1] == len(graph.layers)
     num_stages = len(boundaries) - 1
     placement = Placement(
@@ -97,8 +100,8 @@ def plan_of(
         **choices,
     )
     cluster = chain_cluster(placement.world_size)
-    options = options or PlanOptions(deadline_seconds=20)
-    plan = lower(graph, _profile(model_file, micro_batch_size), cluster, placement, options)
+    profile = _profile(model_file, micro_batch_size, precision)
+    plan = lower(graph, profile, cluster, placement, options)
     verdict = check(plan)
     assert verdict.passed, verdict
     return plan

@@ -35,9 +35,11 @@ def small_plan(chooser: random.Random, *, max_instructions: int = 50) -> Plan:
             saved_bytes=chooser.choice((0, 4, 12)),
             transient_bytes=chooser.choice((0, 8, 24)),
         )
+        check_finite, clips = chooser.random() < 0.3, chooser.random() < 0.4
         options = PlanOptions(
-            check_finite=chooser.random() < 0.3,
-            clip_norm=1.0 if chooser.random() < 0.3 else None,
+            check_finite=check_finite,
+            clip_norm=1.0 if clips else None,
+            clip_delayed=clips and not check_finite and chooser.random() < 0.5,
             save=chooser.random() < 0.3,
         )
         cluster = chain_cluster(placement.world_size)

@@ -25,6 +25,7 @@ def chain_graph(
     tied: Sequence[tuple[int, int]] = (),
     skips: Sequence[tuple[int, int]] = (),
     num_random_operators: int = 0,
+    compute_dtype: str = "",
 ) -> LayerGraph:
     """Layer i reads h_<i-1> and makes h_<i>, tensors of `width` floats per sample.
 
@@ -43,7 +44,12 @@ def chain_graph(
 
     def parameter(name: str, aliases: tuple[str, ...] = ()) -> ParameterSpec:
         return ParameterSpec(
-            name=name, aliases=aliases, shape=(num_elements,), dtype="float32", trainable=True
+            name=name,
+            aliases=aliases,
+            shape=(num_elements,),
+            dtype="float32",
+            trainable=True,
+            compute_dtype=compute_dtype,
         )
 
     layers = []
@@ -232,6 +238,7 @@ def chain_plan(
     tied: Sequence[tuple[int, int]] = (),
     skips: Sequence[tuple[int, int]] = (),
     num_random_operators: int = 0,
+    compute_dtype: str = "",
     options: PlanOptions | None = None,
     cluster: Cluster | None = None,
     forward_seconds: float | Sequence[float] = 1.0,
@@ -248,6 +255,7 @@ def chain_plan(
         tied=tied,
         skips=skips,
         num_random_operators=num_random_operators,
+        compute_dtype=compute_dtype,
     )
     profile = chain_profile(
         graph,

@@ -50,6 +50,7 @@ def _options(plan: Plan) -> Iterator[tuple[str, Plan]]:
         "optimizer_slots": (options.optimizer_slots - 1, options.optimizer_slots + 1),
         "check_finite": (not options.check_finite,),
         "clip_norm": (1.0 if options.clip_norm is None else None,),
+        "clip_delayed": (not options.clip_delayed,),
         "save": (not options.save,),
     }
     for field, values in choices.items():

@@ -249,6 +249,24 @@ def test_rule_5_an_update_that_ignores_what_was_checked(name: str) -> None:
     assert broken_rules(changed(plan, 0, index, reads=reads)) == {5}
 
 
+DELAYED = PlanOptions(clip_norm=1.0, clip_delayed=True)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_rules_5_and_6_a_delayed_clip(num_replicas: int) -> None:
+    plan = chain_plan(2, 1, 2, num_replicas=num_replicas, options=DELAYED)
+    assert broken_rules(plan) == set()
+    clip, update = find(plan, 0, Opcode.CLIP), find(plan, 0, Opcode.UPDATE, -1)
+    assert broken_rules(dropped(plan, 0, clip)) == {6}
+    assert broken_rules(moved(plan, 0, clip, update)) == {5}
+    (first, *_) = plan.programs[0][clip].reads
+    assert broken_rules(changed(plan, 0, clip, reads=(first,))) == {5}
+    blind = tuple(b for b in plan.programs[0][update].reads if b != "clip:scale")
+    assert broken_rules(changed(plan, 0, update, reads=blind)) == {5}
+    kept = tuple(b for b in plan.programs[0][update].writes if not b.startswith("square:"))
+    assert 5 in broken_rules(changed(plan, 0, update, writes=kept))
+
+
 def test_rule_5_an_update_before_the_checks() -> None:
     plan = checked_plan()
     early = moved(plan, 0, find(plan, 0, Opcode.UPDATE), find(plan, 0, Opcode.CLIP))

@@ -213,6 +213,35 @@ def test_clipping_and_the_finite_check_stand_before_every_update(folder: Path) -
         assert opcodes.count(Opcode.CHECK_FINITE) == 1
 
 
+def test_updates_do_not_wait_for_a_delayed_norm(folder: Path) -> None:
+    made = plan("--gpus", "2", "--pipeline-ranks", "2", "--clip-norm", "0.5", "--clip-delayed")
+    assert made.exit_code == 0, made.output
+    written = read_plan(folder / "small.plan.yaml")
+    assert written.options.clip_delayed
+    for program in written.programs:
+        opcodes = [instruction.opcode for instruction in program]
+        assert opcodes.index(Opcode.CLIP) > max(
+            i for i, o in enumerate(opcodes) if o is Opcode.UPDATE
+        )
+    assert run(check_command, "small.plan.yaml").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--clip-delayed",), "--clip-norm"),
+        (("--clip-delayed", "--clip-norm", "1", "--check-finite"), "check_finite"),
+    ],
+)
+def test_a_delayed_norm_needs_a_norm_and_no_check(
+    folder: Path, options: tuple[str, ...], words: str
+) -> None:
+    refused = plan("--gpus", "2", *options)
+    assert refused.exit_code == 2
+    assert words in refused.output
+    assert not list(folder.glob("*.plan.yaml"))
+
+
 @pytest.mark.parametrize("norm", ["0", "-1", "nan", "inf", "much"])
 def test_a_norm_is_a_finite_number_above_zero(folder: Path, norm: str) -> None:
     refused = plan("--gpus", "2", "--clip-norm", norm)

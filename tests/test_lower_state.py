@@ -47,6 +47,24 @@ def test_each_update_follows_its_unit_unless_something_must_be_known_first() -> 
         assert where(program, lambda i: i.opcode is Opcode.BACKWARD)[-1] < program.index(tail[0])
 
 
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_updates_need_not_wait_for_a_delayed_norm(num_replicas: int) -> None:
+    delayed = PlanOptions(clip_norm=2.0, clip_delayed=True)
+    plain, program = (
+        chain_plan(3, 1, 2, num_replicas=num_replicas, options=options).programs[0]
+        for options in (PlanOptions(), delayed)
+    )
+    assert [i.opcode for i in program] == [*(i.opcode for i in plain), Opcode.CLIP]
+    squares = tuple(f"square:stage.{stage}" for stage in (2, 1, 0))
+    assert (program[-1].reads, program[-1].writes) == (squares, ("clip:scale",))
+    for update, square in zip(
+        (i for i in program if i.opcode is Opcode.UPDATE), squares, strict=True
+    ):
+        assert "clip:scale" in update.reads
+        assert square in update.writes
+    assert judge(chain_plan(3, 2, 2, num_replicas=num_replicas, options=delayed)).faults == ()
+
+
 def test_a_rank_without_trained_units_still_says_that_it_is_finite() -> None:
     graph = chain_graph(2)
     frozen, trained = graph.parameters

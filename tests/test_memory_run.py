@@ -17,6 +17,7 @@ from zoo import PATHS
 from planner.measure.optimizer import OptimizerSlots, optimizer_slots
 from planner.model_file import ModelFile, load_model_file
 from planner.plan.types import Opcode, Plan, PlanOptions
+from planner.precision import Precision
 from planner.simulate.memory import worst_moments
 from planner.storages import LiveStorages, StorageWatcher
 from planner.trace import trace
@@ -86,11 +87,15 @@ def measured(made: Plan, model_file: ModelFile, monkeypatch: pytest.MonkeyPatch)
 
 
 def without_batch(made: Plan) -> Plan:
-    """The plan, were its batches nothing."""
+    """The plan, were its batches nothing, but for what is cast when it is loaded."""
+    cast = made.options.precision.compute_dtype
     return replace(
         made,
         buffers=tuple(
-            tuple(replace(b, shape=(0,)) if b.name.startswith("batch:") else b for b in table)
+            tuple(
+                replace(b, shape=(0,)) if b.name.startswith("batch:") and b.dtype != cast else b
+                for b in table
+            )
             for table in made.buffers
         ),
     )
@@ -150,6 +155,47 @@ def test_bfloat16(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
     model_file = model_of(lambda: build().bfloat16(), batch=batch)
     assert_bounded(plan(model_file, 2, recompute=recompute), model_file, monkeypatch)
+
+
+MIXED = [
+    {"num_ranks": 1},
+    {"num_ranks": 2, "recompute": True},
+    {"num_ranks": 1, "offload_state": True},
+    {"num_ranks": 1, "num_replicas": 2, "partition": 1},
+    {"num_ranks": 1, "num_replicas": 2, "partition": 2, "recompute": True},
+    {"num_ranks": 1, "num_replicas": 2, "partition": 3},
+]
+
+
+@pytest.mark.parametrize("layout", MIXED, ids=str)
+def test_mixed_precision(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masters beside what is computed with; float batches are copies in the compute type."""
+    model_file = load_model_file(str(EXAMPLES / "mlp.py"))
+    for precision in (Precision.BFLOAT16, Precision.FLOAT16):
+        is_scaled = precision is Precision.FLOAT16
+        options = options_of(model_file, precision=precision, check_finite=is_scaled)
+        choices = {"num_ranks": 1, "recompute": False, **layout, "options": options}
+        assert_bounded(plan(model_file, **choices), model_file, monkeypatch)
+
+
+def test_exceptions_from_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Casts around modules that stay in float32 are counted as they are made."""
+    model_file = replace(load_model_file(str(PATHS["gpt2"])), keep_float32=("*.ln_*", "*.bias"))
+    kept = model_file.keep_float32
+    options = options_of(model_file, precision=Precision.BFLOAT16, keep_float32=kept)
+    made = plan(model_file, 1, recompute=False, options=options)
+    assert {unit.weights_dtype for unit in made.units} == {"bfloat16", "float32"}
+    assert_bounded(made, model_file, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("name", ["gpt2", "lora", "resnet", "bert"])
+def test_zoo_in_mixed_precision(name: str, num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_file = load_model_file(str(PATHS[name]))
+    options = options_of(model_file, precision=Precision.BFLOAT16)
+    made = plan(model_file, num_ranks, recompute=False, options=options)
+    assert_bounded(made, model_file, monkeypatch)
 
 
 @pytest.mark.slow

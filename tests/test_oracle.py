@@ -26,6 +26,18 @@ GOOD: dict[str, Callable[[], Plan]] = {
     "gradients partitioned": lambda: chain_plan(
         3, 2, 2, num_replicas=2, partition=2, options=ALL_OPTIONS, offload_state=True
     ),
+    "mixed precision": lambda: chain_plan(
+        4, 2, 2, tied=((0, 2), (1, 2)), num_elements=3, compute_dtype="bfloat16"
+    ),
+    "mixed precision, weights partitioned": lambda: chain_plan(
+        4, 2, 2, num_replicas=2, partition=3, num_elements=3, compute_dtype="float16"
+    ),
+    "mixed precision, optimizer partitioned": lambda: chain_plan(
+        4, 2, 2, num_replicas=2, partition=1, compute_dtype="bfloat16"
+    ),
+    "mixed precision, offloaded": lambda: chain_plan(
+        2, 2, 2, offload_state=True, compute_dtype="bfloat16"
+    ),
     "tied and skips": lambda: chain_plan(4, 2, 2, tied=((0, 3),), skips=((0, 2), (0, 3))),
     "tied on one rank": lambda: chain_plan(4, 2, 2, tied=((0, 2),)),
     "options": lambda: chain_plan(4, 2, 2, options=ALL_OPTIONS),
@@ -146,6 +158,21 @@ BROKEN: dict[str, tuple[str, Callable[[], Plan]]] = {
         ),
     ),
     "kinds of operand": ("signature", lambda: changed(chain_plan(), 0, is_(FORWARD), reads=())),
+    "computed with masters": (
+        "shape",
+        lambda: resized(
+            chain_plan(compute_dtype="bfloat16"), 0, "weights:stage.0", dtype="float32"
+        ),
+    ),
+    "summed in half": (
+        "shape",
+        lambda: resized(
+            chain_plan(compute_dtype="bfloat16"),
+            0,
+            "sum:float32.bfloat16.0",
+            dtype="bfloat16",
+        ),
+    ),
     "another peer's stage": ("signature", lambda: changed(chain_plan(), 0, is_(SEND), stage=0)),
     "sent in another order": (
         "transfer",

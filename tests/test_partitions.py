@@ -9,7 +9,7 @@ import torch
 from plan_changes import broken_rules, changed, counterexample, dropped, find, moved, repeated
 from planned import Chain, assert_same, model_of, plan_of, square, vectors
 from stepping import on_every_rank
-from synthetic import chain_cluster, chain_graph, chain_plan
+from synthetic import chain_cluster, chain_plan
 from test_memory_run import assert_bounded
 from test_memory_run import plan as plan_with_updates
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from training import Run, train_by_plan
 
 from planner.plan.names import kind_of
 from planner.plan.types import Opcode, Plan, PlanOptions
-from planner.precision import Precision
-from planner.predict.mixed import with_compute_copies
 from planner.schedules import Schedule
 from planner.simulate import simulate
 from planner.simulate.memory import peak_memory, resident_memory
@@ -111,12 +109,17 @@ def test_mixed_precision_has_whole_copies_and_masters_of_a_part() -> None:
     """Weights of a rank: four stages of 10 elements; masters of 4 bytes, copies of 2."""
     found = []
     for level in range(4):
-        plan = chain_plan(4, 1, 1, num_elements=10, num_replicas=2, partition=level)
-        (moment,) = with_compute_copies(
-            peak_memory(plan), plan, chain_graph(4, num_elements=10), Precision.BFLOAT16
+        plan = chain_plan(
+            4, 1, 1, num_elements=10, num_replicas=2, partition=level, compute_dtype="bfloat16"
         )
-        found.append(moment.weights)
-    assert found == [40 * (4 + 2), 40 * 2 + 20 * 4, 40 * 2 + 20 * 4, 20 * 4]
+        (moment,) = peak_memory(plan)
+        found.append((moment.weights, moment.buffers))
+    assert found == [
+        (40 * (4 + 2), 0),
+        (40 * 2 + 20 * 4, 0),
+        (40 * 2 + 20 * 4, 0),
+        (20 * 4, 2 * 10 * 2),
+    ]
 
 
 def test_what_is_offloaded_with_whole_weights_are_the_moments() -> None:

@@ -72,6 +72,7 @@ SCHEDULES = [
     (Schedule.LAYERED, 1, 1),
 ]
 EVERYTHING = PlanOptions(check_finite=True, clip_norm=0.5, save=True, seed=3)
+DELAYED = PlanOptions(clip_norm=0.5, clip_delayed=True)
 
 
 @pytest.mark.parametrize("partition", [0, 3])
@@ -85,6 +86,8 @@ def test_plans_of_every_schedule_survive(
         offload_state=offload_state, options=EVERYTHING,
     )  # fmt: skip
     assert parse_plan(print_plan(plan)) == plan
+    delayed = chain_plan(num_stages, num_ranks, 4, schedule=schedule, options=DELAYED)
+    assert parse_plan(print_plan(delayed)) == delayed
 
 
 def renamed(value: Any, names: dict[str, str]) -> Any:

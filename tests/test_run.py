@@ -65,6 +65,12 @@ def plan(folder: Path, model: str, *options: str) -> Path:
             "--gpus 4 --pipeline-ranks 2 --replicas 2 --partition 1 --clip-norm 1 --check-finite",
         ),
         ("mlp", "--gpus 1 --stages-per-rank 1 --micro-batches 1"),
+        ("mlp", "--gpus 2 --pipeline-ranks 2 --precision bfloat16 --keep-float32 *.bias"),
+        pytest.param(
+            "gpt",
+            "--gpus 4 --pipeline-ranks 2 --partition 2 --precision float16 --clip-norm 1",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_plan_verify_train_save(name: str, options: str, tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ SGD = partial(torch.optim.SGD, lr=100.0)
 """Its steps are as large as the weights, so that the clipped gradient shows in them."""
 
 
+SMALL_SGD = partial(torch.optim.SGD, lr=0.1)
+"""Its steps stay small where a gradient is not clipped."""
+
+
 @pytest.mark.parametrize("limit", [1e9, 1e-2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["mlp", "tied"])
@@ -59,6 +63,43 @@ def test_clipping_is_that_of_torch(name: str, layout: dict[str, Any], limit: flo
             assert torch.equal(state[key], after), key
         elif key in state:
             assert_close(state[key], after, 1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["mlp", "tied"])
+def test_a_delayed_clip_scales_by_the_norm_of_the_step_before(
+    name: str, layout: dict[str, Any]
+) -> None:
+    limit, num_steps = 1e-2, 3
+    model_file = replace(MODELS[name], build_optimizer=SMALL_SGD)
+    options = PlanOptions(deadline_seconds=20, clip_norm=limit, clip_delayed=True)
+    made = plan(name, options=options, **layout)
+    given = [batches(made, model_file, step) for step in range(num_steps)]
+    model = build_model(model_file, made.options.seed, CPU)
+    optimizer, norms = SMALL_SGD(model.parameters()), list[float]()
+    for step, batch in enumerate(given):
+        plain_gradients(made, model_file, model, step, batch)
+        norm = float(
+            torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        )
+        for parameter in model.parameters():
+            if norms and parameter.grad is not None:
+                parameter.grad.mul_(min(1.0, limit / (norms[-1] + 1e-6)))
+        norms.append(norm)
+        optimizer.step()
+
+    def run(executor: Executor) -> tuple[list[float | None], dict[str, Tensor]]:
+        results = [executor.step(batch[executor.replica]) for batch in given]
+        return [result.gradient_norm for result in results], executor.state_dict()
+
+    found = on_every_rank(made, model_file, run)
+    state = whole_state(made, [part for _, part in found])
+    for found_norms, _ in found:
+        assert found_norms == pytest.approx(norms, rel=1e-5)
+    assert norms[0] > limit
+    for key, after in model.state_dict().items():
+        if key in state:
+            assert_close(state[key], after, 1e-5)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

@@ -48,7 +48,9 @@ def work(seconds: float) -> tuple[OperatorCount, ...]:
     return (OperatorCount(flop=flop, moved_bytes=0, dtype="float32", num_kernels=1),)
 
 
-def chain_problem(generator: random.Random, num_devices: int, cluster: Cluster) -> Problem:
+def chain_problem(
+    generator: random.Random, num_devices: int, cluster: Cluster, compute_dtype: str = ""
+) -> Problem:
     """A chain of unequal layers."""
     forward = [1e-3 * generator.uniform(0.5, 1.5) for _ in range(NUM_LAYERS)]
     forward[-1] *= 2
@@ -56,7 +58,13 @@ def chain_problem(generator: random.Random, num_devices: int, cluster: Cluster) 
 
     @cache
     def graph_at(size: int) -> LayerGraph:
-        return chain_graph(NUM_LAYERS, width=20_000, num_elements=500_000, micro_batch_size=size)
+        return chain_graph(
+            NUM_LAYERS,
+            width=20_000,
+            num_elements=500_000,
+            micro_batch_size=size,
+            compute_dtype=compute_dtype,
+        )
 
     @cache
     def profile_at(size: int) -> Profile:
@@ -83,6 +91,11 @@ def chain_problem(generator: random.Random, num_devices: int, cluster: Cluster) 
         global_batch_size=48,
         updates_wait=generator.random() < 0.2,
     )
+
+
+def compute_dtype_of(seed: int) -> str:
+    """Every third problem is one of mixed precision."""
+    return "" if seed % 3 else "bfloat16"
 
 
 def random_placement(
@@ -145,7 +158,7 @@ def test_step_time_is_the_simulator_s(replicas: int, ranks: int, seed: int) -> N
         bandwidth=generator.choice([1e9, 1e10]),
         message_seconds=generator.choice([0.0, 3e-4]),
     )
-    problem = chain_problem(generator, replicas * ranks, cluster)
+    problem = chain_problem(generator, replicas * ranks, cluster, compute_dtype_of(seed))
     placement = random_placement(
         generator, replicas, ranks, generator.choice([1, 2, 5, 8]), offload_inputs=False
     )
@@ -179,7 +192,7 @@ def test_model_is_never_slower_than_the_simulator(seed: int) -> None:
     generator = random.Random(seed)
     replicas, ranks = generator.choice([(2, 1), (1, 4), (2, 2), (4, 2), (1, 2)])
     cluster = unequal_cluster(generator, replicas * ranks)
-    problem = chain_problem(generator, replicas * ranks, cluster)
+    problem = chain_problem(generator, replicas * ranks, cluster, compute_dtype_of(seed))
     placement = random_placement(generator, replicas, ranks, generator.choice([1, 2, 4, 8]))
     simulated = simulate_placement(problem, placement).step_seconds
     found = modelled_seconds(problem, placement)
@@ -195,7 +208,7 @@ def test_memory_is_near_the_simulator_s(seed: int) -> None:
     replicas, ranks = generator.choice([(1, 1), (3, 1), (1, 3), (2, 2), (2, 4)])
     backend = generator.choice(["gloo", "nccl"])
     cluster = replace(make_cluster(replicas * ranks, bandwidth=1e10), backend=backend)
-    problem = chain_problem(generator, replicas * ranks, cluster)
+    problem = chain_problem(generator, replicas * ranks, cluster, compute_dtype_of(seed))
     offloads = generator.random() < 0.3
     placement = random_placement(
         generator, replicas, ranks, generator.choice([4, 8]),
@@ -215,7 +228,7 @@ def test_bounds_hold_for_every_split(seed: int) -> None:
     generator = random.Random(seed)
     replicas, ranks = generator.choice([(2, 1), (1, 4), (2, 2), (1, 2)])
     cluster = unequal_cluster(generator, replicas * ranks)
-    problem = chain_problem(generator, replicas * ranks, cluster)
+    problem = chain_problem(generator, replicas * ranks, cluster, compute_dtype_of(seed))
     builder = Builder(problem=problem)
     for _ in range(4):
         placement = random_placement(generator, replicas, ranks, generator.choice([1, 3, 8]))

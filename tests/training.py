@@ -15,6 +15,7 @@ from planner.lower import lower
 from planner.measure import measure
 from planner.model_file import ModelFile, load_model_file
 from planner.plan.types import Plan, PlanOptions
+from planner.precision import Precision, with_masters
 from planner.profile import Profile
 from planner.solve.types import Placement
 from planner.trace import TracedModel, trace
@@ -56,16 +57,19 @@ class Run:
 
 
 @functools.cache
-def example(name: str) -> tuple[ModelFile, TracedModel]:
+def example(name: str, precision: Precision = Precision.MODEL) -> tuple[ModelFile, TracedModel]:
     """An example's model file and its trace, made once."""
     model_file = load_model_file(str(EXAMPLES / f"{name}.py"))
-    return model_file, trace(model_file)
+    return model_file, trace(model_file, precision)
 
 
 @functools.cache
-def graph_and_profile(name: str, micro_batch_size: int) -> tuple[LayerGraph, Profile]:
-    _, traced = example(name)
-    return traced.layer_graph(micro_batch_size), measure(traced, micro_batch_size)
+def graph_and_profile(
+    name: str, micro_batch_size: int, precision: Precision
+) -> tuple[LayerGraph, Profile]:
+    _, traced = example(name, precision)
+    graph = with_masters(traced.layer_graph(micro_batch_size), precision)
+    return graph, measure(traced, micro_batch_size)
 
 
 def even_plan(
@@ -85,7 +89,8 @@ def even_plan(
 
     `choices` are further fields of its Placement.
     """
-    graph, profile = graph_and_profile(name, micro_batch_size)
+    options = options or PlanOptions(deadline_seconds=60)
+    graph, profile = graph_and_profile(name, micro_batch_size, options.precision)
     num_stages = num_pipeline_ranks * stages_per_rank
     placement = Placement(
         num_replicas=num_replicas,
@@ -99,7 +104,6 @@ def even_plan(
         **choices,
     )
     cluster = chain_cluster(placement.world_size)
-    options = options or PlanOptions(deadline_seconds=60)
     return lower(graph, profile, cluster, placement, options)
 
 

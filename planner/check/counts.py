@@ -57,10 +57,10 @@ def _table_failures(plan: Plan) -> Iterator[tuple[int, Failure]]:
     for unit in plan.units:
         found = [specs[name] for name in unit.parameters]
         sizes = [parameter.num_elements for parameter in found]
-        element_bytes = DTYPE_BYTES[unit.dtype]
+        element_bytes = DTYPE_BYTES[unit.weights_dtype]
         length = flat_length(sizes, element_bytes, is_packed=plan.partition == 3)
         needed = (length, any(parameter.trainable for parameter in found))
-        same = {p.dtype for p in found} == {unit.dtype}
+        same = {(p.dtype, p.compute_dtype) for p in found} == {(unit.dtype, unit.compute_dtype)}
         if not same or needed != (unit.num_elements, unit.trainable):
             message = f"{unit.name} differs from its parameters in size, type or training"
             yield 6, Failure(message=f"{message}: look at the plan's units")

@@ -15,7 +15,7 @@ from planner.check.symbols import (
     State,
     describe,
 )
-from planner.plan.types import Instruction, Opcode, Unit
+from planner.plan.types import Instruction, Opcode, Plan, Unit
 from planner.schedules import Schedule
 
 __all__ = ["run_of_unit", "run_over_units", "run_reduce_tied"]
@@ -39,9 +39,17 @@ def run_of_unit(state: State, rank: int, instruction: Instruction) -> None:
 
 
 def run_over_units(state: State, rank: int, instruction: Instruction) -> None:
-    """CHECK_FINITE or CLIP on one rank: they look at every gradient of it, and spend none."""
+    """CHECK_FINITE or CLIP on one rank: they look at every gradient of it, and spend none.
+
+    A delayed CLIP looks at what the updates left of them.
+    """
     finite = instruction.opcode is Opcode.CHECK_FINITE
     units = [u for u in state.plan.units if u.trainable and rank in u.ranks]
+    if not finite and state.plan.options.clip_delayed:
+        state.find_reads(rank, instruction)
+        squares = [f"square:{unit.name}" for unit in units]
+        _operands(state, rank, instruction, squares, "", 0, ["clip:scale"])
+        return
     pooled = [unit for unit in units if not _is_reduced(state, unit)]
     named = [f"reduced:{unit.name}" for unit in units if _is_reduced(state, unit)]
     made = "finite" if finite else "scale"
@@ -132,21 +140,27 @@ def _update(state: State, rank: int, instruction: Instruction, unit: Unit) -> No
     own = [f"shard:{unit.name}", f"moments:{unit.name}"]
     own += [] if plan.gathers else [f"weights:{unit.name}"]
     verdicts = ["finite"] * plan.options.check_finite
-    verdicts += ["scale"] * (plan.options.clip_norm is not None)
+    verdicts += [_scale_of(plan)] * (plan.options.clip_norm is not None)
+    made = [*own, *[f"square:{unit.name}"] * plan.options.clip_delayed]
     reduced = f"reduced:{unit.name}"
     for buffer, wanted in zip(own, (STATE, STATE, unit.name), strict=False):
         state.need(rank, buffer, wanted)
     if _is_reduced(state, unit):
-        _operands(state, rank, instruction, [reduced, *own, *verdicts], "", 0, own)
+        _operands(state, rank, instruction, [reduced, *own, *verdicts], "", 0, made)
         content: Content | None = held.pop(reduced, None)
         found = content if isinstance(content, Gradient) else None
     else:
-        pool = _operands(state, rank, instruction, [*own, *verdicts], "sum:", 1, own)
+        pool = _operands(state, rank, instruction, [*own, *verdicts], "sum:", 1, made)
         found = _take_sum(state, rank, instruction, unit, pool)
     _need_whole(state, rank, instruction, unit, found)
     held.update(dict.fromkeys(own, UPDATED))
+    held.update(dict.fromkeys(made[len(own) :], NAMED))
     if plan.gathers_updates:
         held[f"weights:{unit.name}"] = MIXED
+
+
+def _scale_of(plan: Plan) -> str:
+    return "clip:scale" if plan.options.clip_delayed else "scale"
 
 
 def _save(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from planner.graph import TensorSpec
 from planner.plan.flat import moment_elements
+from planner.plan.names import kind_of
 from planner.plan.types import Buffer, Opcode, Plan, StagePlan, Unit
 from planner.schedules import Schedule
 
@@ -73,7 +74,8 @@ class Expected:
             return True
         if buffer not in self.tables[rank]:
             return False
-        if _lack(self.tables[rank][buffer], unit.dtype, self.whole_elements(unit)):
+        dtype = _dtype(kind_of(buffer), unit)
+        if _lack(self.tables[rank][buffer], dtype, self.whole_elements(unit)):
             return False
         self._fitting.add((rank, buffer, unit.name))
         return True
@@ -181,6 +183,10 @@ class Expected:
             return "" if same else f"{spec.dtype} {list(spec.shape)}"
         if kind == "saved":
             return _lack(buffer, "uint8", self.plan.stages[int(subject)].saved_bytes)
+        if kind == "clip":
+            return _lack(buffer, "float32", 1)
+        if kind == "square":
+            return _lack(buffer, "float64", 1)
         unit = self.units.get(subject)
         if unit is None or kind == "sum" or (kind == "weights" and self.plan.gathers):
             return ""
@@ -191,8 +197,14 @@ class Expected:
             "moments": self._moment_elements(unit) * self.plan.options.optimizer_slots,
         }
         num_elements = sizes.get(kind, self.part_elements(unit))
-        same = (buffer.dtype, math.prod(buffer.shape)) == (unit.dtype, num_elements)
-        return "" if same else f"{num_elements} of {unit.dtype}"
+        dtype = _dtype(kind, unit)
+        same = (buffer.dtype, math.prod(buffer.shape)) == (dtype, num_elements)
+        return "" if same else f"{num_elements} of {dtype}"
+
+
+def _dtype(kind: str, unit: Unit) -> str:
+    """Of a unit's buffers of a kind: those that stages compute with, and the others."""
+    return unit.weights_dtype if kind in ("weights", "part") else unit.dtype
 
 
 def _lack(buffer: Buffer, dtype: str, num_elements: int) -> str:

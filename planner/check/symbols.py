@@ -73,6 +73,8 @@ class State:
         """The first failure of each rule."""
         self.held: list[dict[str, Content]] = [{} for _ in plan.programs]
         places = {kind: "host:" if kind in plan.offloaded else "" for kind in ("shard", "moments")}
+        for held in self.held if plan.options.clip_delayed else ():
+            held["clip:scale"] = NAMED
         for unit in plan.units:
             for rank in unit.ranks:
                 for kind, place in places.items():

@@ -23,10 +23,12 @@ from planner.cluster.resolve import resolve_cluster
 from planner.console import HELP, check_can_write, command_errors, console
 from planner.errors import UsageError
 from planner.explain.changes import ClusterAt
+from planner.heap import collect_rarely
 from planner.measure.file import read_profile
 from planner.model_file import load_model_file
 from planner.pipeline import PlanResult, find_plan
 from planner.plan.file import write_plan
+from planner.precision import Precision
 from planner.prepare import Prepared, default_batch_size, prepare
 from planner.report import (
     candidate_table,
@@ -56,6 +58,7 @@ def main(questions: Questions, **words: Any) -> None:
     chosen, so that the predicted step is shortest. Nothing is written unless a plan is found and
     proved.
     """
+    collect_rarely()
     request = PlanRequest(**words)
     request.refuse_contradictions()
     if request.order is not None and (questions.explain or questions.what_if is not None):
@@ -79,7 +82,10 @@ def main(questions: Questions, **words: Any) -> None:
         measured=None if request.profile is None else read_profile(request.profile),
         memory_limit_bytes=request.memory_limit_bytes,
         clip_norm=request.clip_norm,
+        clip_delayed=request.clip_delayed,
         check_finite=request.check_finite,
+        precision=Precision(request.precision),
+        keep_float32=request.keep_float32,
         time_limit_seconds=request.time_limit,
         seed=request.seed,
     ).with_order(request.order)

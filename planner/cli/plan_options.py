@@ -16,6 +16,7 @@ from planner.batch import BatchRange
 from planner.cluster.resolve import DEFAULT_CLUSTER
 from planner.console import DEVICES, NORM, SAMPLES, SECONDS, SEED, Count, Positive
 from planner.model_file import DEFAULT_SEQUENCE_LENGTH
+from planner.precision import Precision
 from planner.prepare import DEFAULT_SAMPLES_PER_DEVICE
 from planner.schedules import OrderSearch, Schedule
 
@@ -175,10 +176,32 @@ _STEP = (
         "the end of the step.",
     ),
     click.option(
+        "--clip-delayed",
+        is_flag=True,
+        help="Scale by what the norm of the step before asks for (the first step not at all), so "
+        "that updates need not wait for the end of the step.",
+    ),
+    click.option(
         "--check-finite",
         is_flag=True,
         help="Update nothing in a step with a gradient that is not finite. All updates then stand "
         "at the end of the step.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice([precision.value for precision in Precision]),
+        default=Precision.MODEL.value,
+        show_default=True,
+        help="Type to compute in; model: as the model file builds it. Others are mixed: weights, "
+        "gradients, their sums and the optimizer stay in float32. float16 scales the loss, and "
+        "checks that gradients are finite.",
+    ),
+    click.option(
+        "--keep-float32",
+        multiple=True,
+        metavar="PATTERN",
+        help="Parameters, such as '*.norm.*', whose modules compute in float32 in mixed precision; "
+        "may be given more than once, and adds to the model file's keep_float32.",
     ),
 )
 _SEARCH = (

@@ -48,7 +48,10 @@ class PlanRequest:
     num_buffers: int | None
     memory_limit: str | None
     clip_norm: float | None
+    clip_delayed: bool
     check_finite: bool
+    precision: str
+    keep_float32: tuple[str, ...]
     time_limit: float
     seed: int
     output: Path | None

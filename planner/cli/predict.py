@@ -220,7 +220,7 @@ def _no_combination(gpus: int, batch_size: int | None) -> UsageError:
 
 def _traced(model: str, precision: Precision, sequence_length: int | None) -> _Model:
     model_file = load_model_file(model, sequence_length=sequence_length)
-    traced = trace(model_file, precision)
+    traced = trace(model_file, precision, model_file.keep_float32)
 
     @cache
     def profile_at(size: int) -> Profile:

@@ -23,6 +23,7 @@ from planner.console import (
     error_console,
 )
 from planner.model_file import DEFAULT_SEQUENCE_LENGTH, load_model_file
+from planner.precision import Precision
 
 __all__ = ["main"]
 
@@ -87,6 +88,19 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
     f"[default: {DEFAULT_SEQUENCE_LENGTH}, or the model's positions if it has fewer]",
 )
 @click.option(
+    "--precision",
+    type=click.Choice([precision.value for precision in Precision]),
+    default=Precision.MODEL.value,
+    show_default=True,
+    help="Type to compute in, as lga-plan takes it.",
+)
+@click.option(
+    "--keep-float32",
+    multiple=True,
+    metavar="PATTERN",
+    help="Parameters whose modules compute in float32 all the same; may be given more than once.",
+)
+@click.option(
     "--repeats",
     type=Count(10_000),
     default=10,
@@ -109,6 +123,8 @@ def main(
     device: str | None,
     micro_batch_sizes: tuple[int, ...],
     sequence_length: int | None,
+    precision: str,
+    keep_float32: tuple[str, ...],
     repeats: int,
     threads: int,
     output: Path | None,
@@ -156,6 +172,8 @@ def main(
             num_repeats=repeats,
             command=command,
             on_layer=show,
+            precision=Precision(precision),
+            keep_float32=keep_float32,
         )
     write_profile(measured, path)
     for line in layer_lines(measured):

@@ -52,9 +52,14 @@ class BufferTable:
         if kind == "saved":
             return Buffer(name=key, dtype="uint8", shape=(self._stages[int(subject)].saved_bytes,))
         if unit is not None and kind in _UNIT_KINDS:
-            return Buffer(name=key, dtype=unit.dtype, shape=self._unit_shape(kind, unit))
+            dtype = unit.weights_dtype if kind in ("weights", "part") else unit.dtype
+            return Buffer(name=key, dtype=dtype, shape=self._unit_shape(kind, unit))
         if name in ("loss", "scale"):
             return Buffer(name=key, dtype="float32", shape=())
+        if name == "clip:scale":
+            return Buffer(name=key, dtype="float32", shape=())
+        if kind == "square":
+            return Buffer(name=key, dtype="float64", shape=())
         if name == "finite":
             return Buffer(name=key, dtype="bool", shape=())
         spec = self._specs[subject]

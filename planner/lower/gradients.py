@@ -39,7 +39,7 @@ def gradient_pools(work: RankWork, placement: Placement, options: PlanOptions) -
         size, is_kept = placement.num_gradient_buffers, False
     else:
         # The update empties a buffer at once, unless it waits for the end of the step.
-        size, is_kept = 1, options.check_finite or options.clip_norm is not None
+        size, is_kept = 1, options.updates_wait
     return Pools("sum", size, lambda held, step: is_kept or work.last_uses[held.unit.name] >= step)
 
 

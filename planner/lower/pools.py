@@ -1,9 +1,9 @@
 """Buffers that units share: who holds which, from which compute step to which.
 
-A pool serves all own units of one dtype, or one tied unit. A unit that needs a buffer and holds
-none takes one that was never used while the pool may grow, else the one whose holder was used
-least recently. This module knows the rule. What a buffer holds and what must happen when it
-changes hands is for `weights` and `gradients`.
+A pool serves all own units of one dtype (and compute dtype), or one tied unit. A unit that needs a
+buffer and holds none takes one that was never used while the pool may grow, else the one whose
+holder was used least recently. This module knows the rule. What a buffer holds and what must happen
+when it changes hands is for `weights` and `gradients`.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,10 @@ __all__ = ["Holding", "Pools", "pool_name"]
 
 
 def pool_name(unit: Unit) -> str:
-    """The pool of buffers a unit shares: a tied unit's own, else that of all units of its dtype."""
-    return unit.name if len(unit.stages) > 1 else unit.dtype
+    """The pool of buffers a unit shares: a tied unit's own, else that of all of its dtypes."""
+    if len(unit.stages) > 1:
+        return unit.name
+    return f"{unit.dtype}.{unit.compute_dtype}" if unit.compute_dtype else unit.dtype
 
 
 @dataclass(slots=True, kw_only=True)

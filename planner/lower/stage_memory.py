@@ -224,7 +224,8 @@ class _Stage:
         earlier = {name for layer in self._layers[: index + 1] for name in layer.parameters}
         own = set(self._layers[index].parameters)
         return sum(
-            self._parameters[name].num_bytes * (2 if name in own else 1)  # the sum is a new tensor
+            self._parameters[name].compute_bytes
+            * (2 if name in own else 1)  # the sum is a new tensor
             for name in later & earlier
             if self._parameters[name].trainable
         )

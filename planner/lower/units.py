@@ -1,8 +1,9 @@
 """Which parameters are gathered, reduced and updated together.
 
-A parameter that one stage alone uses belongs to that stage's unit (one per dtype). Parameters
-that several stages use are tied; those shared by the same stages form a unit of their own, held
-by every rank that uses it, so that its gradients can be added across ranks element by element.
+A parameter that one stage alone uses belongs to that stage's unit (one per dtype, or pair of master
+and compute dtype). Parameters that several stages use are tied; those shared by the same stages
+form a unit of their own, held by every rank that uses it, so that its gradients can be added across
+ranks element by element.
 """
 
 import itertools
@@ -28,19 +29,22 @@ def make_units(
         for name in code.parameters:
             users.setdefault(name, []).append(stage)
     specs = graph.parameter_specs
-    groups: dict[tuple[tuple[int, ...], str], list[ParameterSpec]] = {}
+    groups: dict[tuple[tuple[int, ...], str, str], list[ParameterSpec]] = {}
     for name, using in users.items():
-        groups.setdefault((tuple(using), specs[name].dtype), []).append(specs[name])
+        spec = specs[name]
+        groups.setdefault((tuple(using), spec.dtype, spec.compute_dtype), []).append(spec)
     own = {key: group for key, group in groups.items() if len(key[0]) == 1}
     tied = {key: group for key, group in groups.items() if len(key[0]) > 1}
-    num_dtypes = Counter(stages for stages, _ in own)
+    num_groups = Counter(stages for stages, _, _ in own)
     units = []
-    for (stages, dtype), group in sorted(own.items()):
-        alone = num_dtypes[stages] == 1
-        name = f"stage.{stages[0]}" if alone else f"stage.{stages[0]}.{dtype}"
-        units.append(_unit(name, dtype, group, stages, placement, options))
-    for index, ((stages, dtype), group) in enumerate(sorted(tied.items())):
-        units.append(_unit(f"tied.{index}", dtype, group, stages, placement, options))
+    for (stages, dtype, compute_dtype), group in sorted(own.items()):
+        alone = num_groups[stages] == 1
+        # Masters and parameters that are float32 throughout may be apart in compute type alone.
+        types = f"{dtype}.{compute_dtype}" if compute_dtype else dtype
+        name = f"stage.{stages[0]}" if alone else f"stage.{stages[0]}.{types}"
+        units.append(_unit(name, group, stages, placement, options))
+    for index, ((stages, _, _), group) in enumerate(sorted(tied.items())):
+        units.append(_unit(f"tied.{index}", group, stages, placement, options))
     return tuple(units)
 
 
@@ -55,20 +59,21 @@ def units_by_stage(units: Iterable[Unit], num_stages: int) -> list[tuple[Unit, .
 
 def _unit(
     name: str,
-    dtype: str,
     group: list[ParameterSpec],
     stages: tuple[int, ...],
     placement: Placement,
     options: PlanOptions,
 ) -> Unit:
     ranks = tuple(sorted({placement.stage_ranks[stage] for stage in stages}))
+    dtype, compute_dtype = group[0].dtype, group[0].compute_dtype
     return Unit(
         name=name,
         dtype=dtype,
+        compute_dtype=compute_dtype,
         parameters=tuple(spec.name for spec in group),
         num_elements=flat_length(
             [spec.num_elements for spec in group],
-            DTYPE_BYTES[dtype],
+            DTYPE_BYTES[compute_dtype or dtype],
             is_packed=placement.partition == 3,
         ),
         update_transient_bytes=_update_bytes(group, placement, options),

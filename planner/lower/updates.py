@@ -2,9 +2,10 @@
 
 An update follows its unit's last backward; with replicas it is issued one stage later, so that the
 reduction hides behind that stage's work. Where the whole gradient must be looked at first (finite,
-norm), or tied ranks must agree, updates stand at the end of the step. Where each replica updates
-its part of weights that stay whole, their GATHER follows at once; such an update is issued one
-micro-batch before that next stage's end, so that the GATHER is in the data stream ahead of the
+norm), or tied ranks must agree, updates stand at the end of the step. Where clipping is delayed
+they do not wait for the norm: each leaves its part of it for a CLIP at the end. Where each replica
+updates its part of weights that stay whole, their GATHER follows at once; such an update is issued
+one micro-batch before that next stage's end, so that the GATHER is in the data stream ahead of the
 stage's REDUCE, and the step ends with one of each. A state that lives in host memory is fetched one
 update ahead, when the one before the last has left the device.
 """
@@ -53,7 +54,7 @@ def place_updates(
     verdicts: tuple[str, ...] = ()
     for opcode, name, wanted in (
         (Opcode.CHECK_FINITE, "finite", options.check_finite),
-        (Opcode.CLIP, "scale", options.clip_norm is not None),
+        (Opcode.CLIP, "scale", options.clip_norm is not None and not options.clip_delayed),
     ):
         if wanted:
             slots.behind(slots.num_steps, unit_instruction(opcode, None, gradients, (name,)))
@@ -68,13 +69,19 @@ def place_updates(
             _release_state(slots, updates[index - 1].unit, update.step, away)
         if away and index + 1 < len(updates):
             _fetch_state(slots, updates[index + 1], update.step)
-        slots.behind(update.step, _instruction(update, verdicts, in_place=holdings is None))
+        slots.behind(
+            update.step, _instruction(update, verdicts, options, in_place=holdings is None)
+        )
         if gathers_updates(placement.partition):
             slots.behind(update.step, _gather(update.unit))
         for instruction in _copies(update.unit, away, options):
             slots.behind(update.step, instruction)
     if away and updates:
         _release_state(slots, updates[-1].unit, slots.num_steps, away)
+    if options.clip_delayed:
+        squares = tuple(f"square:{update.unit}" for update in updates)
+        clip = unit_instruction(Opcode.CLIP, None, squares, ("clip:scale",))
+        slots.behind(slots.num_steps, clip)
 
 
 def _updates(
@@ -135,12 +142,16 @@ def _release_state(slots: Slots, unit: str, step: int, away: tuple[str, ...]) ->
         slots.behind(step, unit_instruction(Opcode.RELEASE, unit, buffer, buffer))
 
 
-def _instruction(update: _Update, verdicts: tuple[str, ...], *, in_place: bool) -> Instruction:
+def _instruction(
+    update: _Update, verdicts: tuple[str, ...], options: PlanOptions, *, in_place: bool
+) -> Instruction:
     state: tuple[str, ...] = (f"shard:{update.unit}", f"moments:{update.unit}")
     if in_place:
         state = (*state, f"weights:{update.unit}")
-    reads = (update.source, *state, *verdicts)
-    return unit_instruction(Opcode.UPDATE, update.unit, reads, state)
+    reads, writes = (update.source, *state, *verdicts), state
+    if options.clip_delayed:
+        reads, writes = (*reads, "clip:scale"), (*writes, f"square:{update.unit}")
+    return unit_instruction(Opcode.UPDATE, update.unit, reads, writes)
 
 
 def _gather(unit: str) -> Instruction:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.measure.clock import Seconds
+from planner.precision import Precision
 from planner.profile import LayerProfile
 
 __all__ = ["MeasuredDevice", "MeasuredLayer", "MeasuredModel", "MeasuredSize", "Versions"]
@@ -89,3 +90,6 @@ class MeasuredModel:
     num_repeats: int
     sizes: tuple[MeasuredSize, ...]
     """Ascending."""
+    precision: Precision = Precision.MODEL
+    keep_float32: tuple[str, ...] = ()
+    """Patterns of parameters whose modules were measured in float32 all the same."""

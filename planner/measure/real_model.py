@@ -6,15 +6,17 @@ does not know layers or time.
 
 import copy
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from planner.compute_type import to_compute_type
 from planner.errors import ModelFileError
 from planner.model_file import ModelFile, build_on_meta, raised_at
+from planner.precision import Precision
 
 __all__ = ["RealModel", "random_values"]
 
@@ -25,13 +27,19 @@ _SPREAD = 0.02
 class RealModel:
     """Built as the user builds it, except that parameters lose their values at once."""
 
-    def __init__(self, model_file: ModelFile) -> None:
-        """
+    def __init__(
+        self,
+        model_file: ModelFile,
+        precision: Precision = Precision.MODEL,
+        keep_float32: Sequence[str] = (),
+    ) -> None:
+        """In its compute type, where the precision is mixed.
+
         Raises:
             ModelFileError: `build_model` fails.
         """
         build_on_meta(model_file.build_model, model_file.name)  # the errors a plan would give
-        self._model = _build(model_file)
+        self._model = to_compute_type(_build(model_file), precision, keep_float32)
 
     def with_parameters(self, names: Collection[str], device: torch.device) -> nn.Module:
         """A copy in train mode whose parameters `names`, and all of its buffers, are on `device`.

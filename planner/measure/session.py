@@ -13,7 +13,8 @@ from planner.measure.measured import MeasuredModel, MeasuredSize
 from planner.measure.timing import OnLayer, time_layers
 from planner.measure.update import optimizer_name
 from planner.model_file import ModelFile
-from planner.trace import TracedModel, trace
+from planner.precision import Precision
+from planner.trace import TracedModel, patterns_of, trace
 
 __all__ = ["measure_model", "measured_model"]
 
@@ -26,14 +27,19 @@ def measure_model(
     num_repeats: int,
     command: str = "",
     on_layer: OnLayer | None = None,
+    precision: Precision = Precision.MODEL,
+    keep_float32: Sequence[str] = (),
 ) -> MeasuredModel:
     """Measure every distinct layer at every one of the micro-batch sizes (in samples).
 
+    In a mixed `precision`, as a plan in it computes; patterns are those of `planner.prepare`.
+
     Raises:
+        UsageError: a pattern matches nothing, or there is nothing to keep it from.
         TraceError, ModelFileError: the model cannot be traced or built.
         RunError: a layer does not fit on the device, or does not run on it.
     """
-    traced = trace(model_file)
+    traced = trace(model_file, precision, patterns_of(model_file, precision, keep_float32))
     sizes = [
         time_layers(traced, size, device, num_repeats=num_repeats, on_layer=on_layer)
         for size in sorted(set(micro_batch_sizes))
@@ -60,4 +66,6 @@ def measured_model(
         command=command,
         num_repeats=num_repeats,
         sizes=tuple(sizes),
+        precision=traced.precision,
+        keep_float32=traced.keep_float32,
     )

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from planner.compute_type import cast_tensor
 from planner.errors import ModelFileError, RunError
 from planner.graph import LayerGraph, LayerNode, TensorSpec
 from planner.heap import keep_freed_memory
@@ -24,6 +25,7 @@ from planner.measure.measured import MeasuredLayer, MeasuredSize
 from planner.measure.real_model import RealModel, random_values
 from planner.measure.update import Update, measure_update
 from planner.model_file import ModelFile, raised_at
+from planner.precision import Precision
 from planner.profile import LayerProfile
 from planner.trace import Context, TracedModel
 
@@ -61,8 +63,9 @@ def time_layers(
     session = _Session(
         model_file=traced.model_file,
         graph=graph,
-        model=RealModel(traced.model_file),
-        batch=_real_batch(traced.model_file, micro_batch_size, device),
+        model=RealModel(traced.model_file, traced.precision, traced.keep_float32),
+        batch=_real_batch(traced, micro_batch_size, device),
+        precision=traced.precision,
         device=device,
         num_repeats=num_repeats,
         known={},
@@ -113,6 +116,7 @@ class _Session:
     graph: LayerGraph
     model: RealModel
     batch: Mapping[str, Tensor]
+    precision: Precision
     device: torch.device
     num_repeats: int
     known: dict[str, Tensor]
@@ -124,7 +128,7 @@ class _Session:
         peaks = peak_bytes(run)
         samples = self._samples(run)
         update = measure_update(
-            run.parameters,
+            self._kept(run.parameters),
             self.model_file.build_optimizer,
             self.device,
             num_warm_ups=_WARM_UPS,
@@ -138,12 +142,22 @@ class _Session:
             peaks=peaks,
         )
 
+    def _kept(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """What is updated: in mixed precision the masters, with gradients of their type."""
+        if not self.precision.is_mixed:
+            return parameters
+        masters = []
+        for parameter in parameters:
+            masters.append(nn.Parameter(parameter.detach().float()))
+            masters[-1].grad = torch.zeros_like(masters[-1])
+        return masters
+
     def _run(self, index: int) -> LayerRun:
         graph = self.graph
         stage, specs = graph.stage_code(index, index), graph.tensor_specs
         model = self.model.with_parameters(stage.parameters, self.device)
         trainable = {spec.name for spec in graph.parameters if spec.trainable}
-        return LayerRun(
+        run = LayerRun(
             stage=stage,
             context=Context(
                 model=model,
@@ -155,6 +169,10 @@ class _Session:
             roots=tuple(n for n in stage.outputs if n == "loss" or specs[n].requires_grad),
             parameters=[model.get_parameter(n) for n in stage.parameters if n in trainable],
         )
+        for parameter in run.parameters if self.precision.is_mixed else ():
+            parameter.grad_dtype = None  # gradients are added to float32 sums
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        return run
 
     def _input(self, spec: TensorSpec) -> Tensor:
         if spec.name in self.known:
@@ -213,12 +231,12 @@ def _with_seconds(counted: LayerProfile, times: _Times) -> LayerProfile:
 
 
 def _real_batch(
-    model_file: ModelFile, micro_batch_size: int, device: torch.device
+    traced: TracedModel, micro_batch_size: int, device: torch.device
 ) -> dict[str, Tensor]:
     """The example batch; what could be wrong with it was found when the model was traced."""
     with torch.random.fork_rng(devices=[]):
-        batch = model_file.example_batch(micro_batch_size)
-    return {key: value.to(device) for key, value in batch.items()}
+        batch = traced.model_file.example_batch(micro_batch_size)
+    return {key: cast_tensor(value, traced.precision).to(device) for key, value in batch.items()}
 
 
 @contextmanager

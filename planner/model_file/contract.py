@@ -47,6 +47,8 @@ class ModelFile:
     layers: tuple[str, ...] = ()
     """Paths of the modules that are called in sequence, where the user lists them: the first
     takes the batch, each next one the previous output. Empty where the model is traced."""
+    keep_float32: tuple[str, ...] = ()
+    """Patterns of parameters and buffers whose modules compute in float32 in mixed precision."""
 
 
 def model_from_functions(
@@ -57,6 +59,7 @@ def model_from_functions(
     loss_weight: Callable[[Mapping[str, torch.Tensor]], torch.Tensor | float] | None = None,
     name: str = "",
     layers: tuple[str, ...] = (),
+    keep_float32: tuple[str, ...] = (),
 ) -> ModelFile:
     """A ModelFile from Python objects; a model that is already built is never changed."""
     built = build_model
@@ -70,6 +73,7 @@ def model_from_functions(
         loss_fn=loss_fn,
         loss_weight=loss_weight,
         layers=layers,
+        keep_float32=keep_float32,
     )
 
 
@@ -98,7 +102,17 @@ def check_contract(module: ModuleType, name: str, path: str) -> ModelFile:
             raise ModelFileError(f"{path} does not define {word}", hint=hint)
         _check_callable(value, word, path)
         found[word] = value
-    return ModelFile(name=name, path=path, layers=listed, **found)
+    kept = _check_patterns(getattr(module, "keep_float32", ()), path)
+    return ModelFile(name=name, path=path, layers=listed, keep_float32=kept, **found)
+
+
+def _check_patterns(patterns: Any, path: str) -> tuple[str, ...]:
+    if isinstance(patterns, (list, tuple)) and all(isinstance(one, str) for one in patterns):
+        return tuple(patterns)
+    raise ModelFileError(
+        f"{path}: keep_float32 is {patterns!r:.80}",
+        hint="make it a list of patterns of parameters' names, such as ['*.norm.*']",
+    )
 
 
 def _check_layers(layers: Any, path: str) -> tuple[str, ...]:

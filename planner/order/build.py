@@ -187,7 +187,7 @@ def _updates(plan: Plan, durations: Durations) -> list[float]:
     """Seconds that each stage's updates take, where they stand right behind its last backward."""
     found = [0.0] * plan.num_stages
     options = plan.options
-    if plan.num_replicas > 1 or options.check_finite or options.clip_norm is not None:
+    if plan.num_replicas > 1 or options.updates_wait:
         return found
     stages = {unit.name: unit.stages for unit in plan.units}
     order = partial_order(plan)

@@ -27,6 +27,7 @@ from planner.plan.sections import (
 from planner.plan.text import parse_code, parse_program, print_code, print_program
 from planner.plan.types import FORMAT_VERSION, Plan
 from planner.plan.validate import validate_references
+from planner.precision import Precision
 
 __all__ = ["MAX_PLAN_BYTES", "parse_plan", "print_plan", "read_plan", "write_plan"]
 
@@ -47,7 +48,9 @@ def print_plan(plan: Plan) -> str:
     """The plan as text; `parse_plan(print_plan(plan)) == plan`."""
     sections = _plain(asdict(replace(plan, stages=(), programs=(), evaluation=())))
     for name in _ROW_SECTIONS:
-        sections[name] = [Row(row) for row in sections[name]]
+        sections[name] = [Row(_without_empty(row)) for row in sections[name]]
+    if plan.options.precision is Precision.MODEL:
+        del sections["options"]["precision"], sections["options"]["keep_float32"]
     sections["stages"] = [
         Section(_plain(asdict(replace(stage, code=()))) | {"code": print_code(stage.code)})
         for stage in plan.stages
@@ -168,6 +171,11 @@ def _reason(error: Exception) -> str:
         place = ".".join(str(part) for part in first["loc"][1:]) or "plan"
         return f"{place}: {first['msg']} (found {str(first['input'])[:60]!r})"
     return str(error)[:200]
+
+
+def _without_empty(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a plan without mixed precision says nothing about it."""
+    return {key: value for key, value in row.items() if key != "compute_dtype" or value}
 
 
 def _plain(value: Any) -> Any:

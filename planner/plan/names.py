@@ -22,7 +22,7 @@ STREAMS = {
 }
 """Of instructions that are neither transfers (a stream per peer and direction) nor compute."""
 
-_WHOLE_NAMES = ("weights", "sum", "shard", "moments", "reduced")
+_WHOLE_NAMES = ("weights", "sum", "shard", "moments", "reduced", "square", "clip")
 
 
 def stream_of(opcode: Opcode, peer: int | None = None) -> str:
@@ -52,4 +52,4 @@ def buffer_key(buffer: str) -> str:
 
 def is_resident(buffer: str) -> bool:
     """Whether a buffer is there through the whole step unless the plan offloads it."""
-    return kind_of(buffer) in ("shard", "moments", "weights", "sum")
+    return kind_of(buffer) in ("shard", "moments", "weights", "sum", "clip")

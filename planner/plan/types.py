@@ -15,11 +15,14 @@ Buffer names
     shard:<unit>            this rank's own part of a unit's weights
     moments:<unit>          what the optimizer keeps for that part
     weights:<pool>.<i>      gather buffer i of a pool; `weights:<unit>` where weights stay in place,
-                            and then the shard is a part of it, or all
+                            and then the shard is a part of it, or all, but in mixed precision,
+                            where the shard is the master and this is the copy to compute with
     sum:<pool>.<i>          gradient accumulation buffer i of a pool
     part:<unit>.<m>         gradient of a tied unit for one micro-batch (kept for exact order)
     reduced:<unit>          the gradient reduced over replicas, or this rank's part of it
     finite, scale           verdict of CHECK_FINITE; factor that CLIP found
+    square:<unit>           sum of the squares of the gradient that UPDATE used
+    clip:scale              factor for the next step's gradients, where clipping is delayed
     host:<buffer>           the buffer's copy in host memory
 """
 
@@ -32,6 +35,7 @@ from planner.graph import DTYPE_BYTES, ParameterSpec, TensorSpec
 from planner.layouts import Grid, Layout
 from planner.partitions import divides_gradients, gathers_for_passes, gathers_updates, offloaded
 from planner.plan.code import Statement
+from planner.precision import Precision
 from planner.schedules import Schedule
 
 __all__ = [
@@ -66,7 +70,8 @@ class Opcode(StrEnum):
     """data, every replica. need shard:<unit> not updated yet
         weights:<pool>.<i> = shards of all replicas, one after the other
     With partition 1 and 2 weights stay in place. There it needs shard:<unit> after its UPDATE:
-        weights:<unit> = shards of all replicas, one after the other"""
+        weights:<unit> = shards of all replicas, one after the other
+    In mixed precision each replica casts its shard to the compute type before it leaves."""
     RELEASE = "RELEASE"
     """compute. need weights:<pool>.<i> holds <unit>, or another <x> that may be evicted, written
         it holds nothing, and its memory may be taken
@@ -108,12 +113,17 @@ class Opcode(StrEnum):
         finite = whether every element of them is finite, on every rank"""
     CLIP = "CLIP"
     """data, every rank. need all gradients that UPDATE will read
-        scale = min(1, clip_norm / their norm over the whole model), tied units counted once"""
+        scale = min(1, clip_norm / their norm over the whole model), tied units counted once
+    Where clipping is delayed: need square:<unit> of all units that the rank updates
+        clip:scale = the same of the norm whose square they sum up to"""
     UPDATE = "UPDATE"
     """compute. need the unit's whole gradient, shard and moments; finite and scale where made
         if finite: shard, moments = optimizer(shard, moments, scale * gradient)
-    and, where weights stay in place, weights:<unit> too, of which the shard is a part: with
-    partition 1 and 2 nothing may read them before their GATHER. The gradient is then spent."""
+    Where clipping is delayed, scale is clip:scale, as the step before left it (1 at first), and
+        square:<unit> = sum of the squares of the gradient's elements, before they are scaled
+    and, where weights stay in place, weights:<unit> too, of which the shard is a part (in mixed
+    precision: the copy of that part, cast): with partition 1 and 2 nothing may read them before
+    their GATHER. The gradient is then spent."""
     SAVE = "SAVE"
     """copy.out. need shard:<unit> and moments:<unit> after their UPDATE
         host:shard:<unit>, host:moments:<unit> = they, as this step's checkpoint"""
@@ -161,6 +171,7 @@ class Unit:
 
     name: str
     dtype: str
+    """Of weights, gradients and moments."""
     parameters: tuple[str, ...]
     """In flat order."""
     num_elements: int
@@ -176,6 +187,14 @@ class Unit:
     order in which plain accumulation adds them, so that the sum is bitwise equal."""
     update_transient_bytes: int = 0
     """Peak of UPDATE above weights, gradient and moments."""
+    compute_dtype: str = ""
+    """In mixed precision, of the copy of the weights that stages compute with; the shard is then
+    the master of it, and no part of it. Empty: stages compute with the weights themselves."""
+
+    @property
+    def weights_dtype(self) -> str:
+        """Of what stages compute with: `weights:` and `part:` buffers."""
+        return self.compute_dtype or self.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,8 +255,21 @@ class PlanOptions:
     """Update nothing in a step with a gradient that is not finite."""
     clip_norm: float | None = None
     """Largest norm of the whole model's gradient; updates wait for it at the end of the step."""
+    clip_delayed: bool = False
+    """They do not: they scale by what the norm of the step before asks for, the first by 1."""
     save: bool = False
     """Leave a complete checkpoint in host memory after every step."""
+    precision: Precision = Precision.MODEL
+    """Of compute: floating batches, buffers and copies of parameters are of its type. With float16
+    the loss is scaled, and the scale follows the verdicts of CHECK_FINITE."""
+    keep_float32: tuple[str, ...] = ()
+    """Patterns of parameters and buffers whose modules compute in float32 all the same
+    (`planner.compute_type`)."""
+
+    @property
+    def updates_wait(self) -> bool:
+        """Whether updates stand at the end of the step, behind a verdict on all gradients."""
+        return self.check_finite or (self.clip_norm is not None and not self.clip_delayed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,8 @@ def _count_problems(plan: Plan) -> Iterator[str]:
             yield f"{name} is {getattr(plan, name)}, less than 1"
     if plan.partition not in (LEVELS if plan.num_replicas > 1 else (0,)):
         yield f"partition is {plan.partition} with {plan.num_replicas} replicas"
+    if plan.options.clip_delayed and (plan.options.clip_norm is None or plan.options.check_finite):
+        yield "clip_delayed goes with clip_norm, and not with check_finite"
     if plan.module_buffer_bytes < 0:
         yield "the model's buffers have a negative size"
     if len(plan.programs) != plan.num_pipeline_ranks:
@@ -104,7 +106,8 @@ def _buffer_problems(plan: Plan) -> Iterator[str]:
         "gradient": tensors,
         "batch": {key.name for key in plan.batch},
         "saved": {str(stage.index) for stage in plan.stages},
-        **dict.fromkeys(("part", "shard", "moments", "reduced"), units),
+        **dict.fromkeys(("part", "shard", "moments", "reduced", "square"), units),
+        "clip": {"scale"},
     }
     for rank, table in enumerate(plan.buffers):
         for buffer in table:
@@ -135,8 +138,9 @@ def _table_problems(plan: Plan) -> Iterator[str]:
         if len(set(names)) != len(names):
             yield f"two of {names[:4]}... have one name"
         for spec in specs:
-            if spec.dtype not in DTYPE_BYTES:
-                yield f"{spec.name} has the unknown type {spec.dtype!r}"
+            for dtype in (spec.dtype, getattr(spec, "compute_dtype", "") or spec.dtype):
+                if dtype not in DTYPE_BYTES:
+                    yield f"{spec.name} has the unknown type {dtype!r}"
             if min(getattr(spec, "shape", ()), default=0) < 0:
                 yield f"{spec.name} has a negative size"
     for position, stage in enumerate(plan.stages):

@@ -15,8 +15,7 @@ from planner.errors import UsageError
 from planner.graph import LayerGraph
 from planner.lower import lower
 from planner.plan.types import Opcode, Plan, PlanOptions
-from planner.precision import Precision
-from planner.predict.mixed import master_graph, with_compute_copies
+from planner.precision import Precision, with_masters
 from planner.predict.tensor import split_cluster, split_graph, timed_profile
 from planner.predict.types import ONE_STAGE, Breakdown, Configuration, Predicted
 from planner.profile import Profile
@@ -57,19 +56,18 @@ def predict(
     degree = configuration.tensor_degree
     timed, reduces = timed_profile(graph, profile, cluster, degree)
     seen = split_cluster(cluster, degree)
-    part = master_graph(split_graph(graph, profile, degree), precision)
+    part = with_masters(split_graph(graph, profile, degree), precision)
     problem = _problem(part, timed, seen, configuration, optimizer_slots, memory_limit_bytes)
     placement = _place(problem, configuration)
     plan = lower(part, timed, seen, placement, PlanOptions(optimizer_slots=optimizer_slots))
     simulation = simulate(plan)
-    memory = with_compute_copies(simulation.memory, plan, part, precision)
     limits = [d.usable_bytes for d in map(seen.device, range(plan.world_size))]
     return Predicted(
         configuration=configuration,
         boundaries=placement.boundaries,
         step_seconds=simulation.step_seconds,
         breakdown=_breakdown(plan, simulation, placement, reduces),
-        memory=memory,
+        memory=simulation.memory,
         memory_limit_bytes=min(limits) if memory_limit_bytes is None else memory_limit_bytes,
     )
 

@@ -33,7 +33,7 @@ def plan_lines(plan: Plan) -> list[str]:
     elements = sum(parameter.num_elements for parameter in plan.parameters)
     return [
         f"model     {plan.model_name}: {_counted(len(plan.layer_names), 'layer')}, "
-        f"{count_text(elements)} parameters",
+        f"{count_text(elements)} parameters{_precision_words(plan)}",
         f"cluster   {plan.cluster.name}: {plan.cluster.provenance}",
         f"mesh      {_counted(plan.num_replicas, 'replica')} x "
         f"{_counted(plan.num_pipeline_ranks, 'pipeline rank')}, "
@@ -44,6 +44,11 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{_counted(plan.micro_batch_size, 'sample')}",
         f"schedule  {plan.schedule}",
     ]
+
+
+def _precision_words(plan: Plan) -> str:
+    precision = plan.options.precision
+    return f", computed in {precision.value} on float32 masters" if precision.is_mixed else ""
 
 
 def _layout_words(plan: Plan) -> str:

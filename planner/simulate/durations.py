@@ -107,7 +107,8 @@ class Durations:
         unit, replicas = self._units[instruction.unit or ""], self.plan.num_replicas
         part = -(-unit.num_elements // replicas) if self.plan.partition else unit.num_elements
         divided = self.plan.divides_gradients
-        element_bytes = DTYPE_BYTES[unit.dtype]
+        gathers = instruction.opcode is Opcode.GATHER
+        element_bytes = DTYPE_BYTES[unit.weights_dtype if gathers else unit.dtype]
         leaving = unit.num_elements * element_bytes * (replicas - 1) / replicas
         match instruction.opcode:
             case Opcode.GATHER if replicas == 1 or not self.plan.partition:  # of the whole unit

@@ -40,6 +40,8 @@ _CLASSES = {
     "shard": "weights",
     "moments": "optimizer",
     "saved": "activations",
+    "square": "gradients",
+    "clip": "gradients",
 }
 
 
@@ -91,10 +93,11 @@ def resident_memory(plan: Plan, rank: int) -> MemoryByClass:
     found = asdict(MemoryByClass())
     updated = {i.unit for i in plan.programs[rank] if i.opcode is Opcode.UPDATE}
     kinds = _resident_kinds(plan)
+    masters = {unit.name for unit in plan.units if unit.compute_dtype}
     for buffer in plan.buffers[rank]:
         kind, _, unit = buffer.name.partition(":")
-        if kind not in kinds or (kind == "shard" and not plan.gathers):
-            continue  # weights in place are the shard
+        if kind not in kinds or (kind == "shard" and not plan.gathers and unit not in masters):
+            continue  # weights in place are the shard, but where that is their master
         if kind == "moments" and unit not in updated and plan.schedule is not Schedule.FORWARD:
             continue
         in_place = kind == "weights" and not plan.gathers
@@ -254,4 +257,4 @@ def _in_checkpoint(name: str) -> bool:
 
 
 def _resident_kinds(plan: Plan) -> Iterable[str]:
-    return {"weights", "sum", "shard", "moments"} - set(plan.offloaded)
+    return {"weights", "sum", "shard", "moments", "clip"} - set(plan.offloaded)

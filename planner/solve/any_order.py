@@ -18,6 +18,7 @@ import numpy as np
 from planner.solve.branch import Branches
 from planner.solve.build import Builder
 from planner.solve.entry import Clock
+from planner.solve.floor import second_pass_bytes
 from planner.solve.floor_memory import Surroundings
 from planner.solve.problem import Problem
 from planner.solve.rates import LayerFloors, Rates
@@ -103,9 +104,11 @@ def _traffic(
     passes, each = (1 if partition == 3 else 2), around.pass_seconds
     gathers = partition == 3 and weights
     start = weights * around.byte_seconds + each if gathers else 0.0
-    end = passes * (trained * around.byte_seconds + each) if trained else 0.0
-    whole = float(around.trainable_bytes.sum()) * around.byte_seconds
-    return start, end, passes * whole / batching.num_pipeline_ranks
+    again = second_pass_bytes(around, partition)
+    moved = trained + float(again[0])
+    end = moved * around.byte_seconds + passes * each if trained else 0.0
+    whole = float((around.trainable_bytes + again).sum()) * around.byte_seconds
+    return start, end, whole / batching.num_pipeline_ranks
 
 
 @dataclass(slots=True, kw_only=True)

@@ -41,8 +41,8 @@ MAX_BASES = 4
 NEAR_BASE = 1.3
 """None that is so much slower than the best is tried."""
 MAX_STAGES = 96
-EFFORT_OF_SECOND = 3000
-"""Stages and layers to be read for each second of the time limit: an eighth of it at most."""
+EFFORT_OF_SECOND = 1500
+"""Stages and layers to be read for each second of the time limit: a sixteenth of it at most."""
 MAX_EVALUATIONS = 400
 """Of each local search of boundaries."""
 CUTS = 20

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -77,10 +77,10 @@ class Branches:
     """By mesh."""
 
     def start(self, space: Sequence[Batching]) -> None:
-        """Bound all of them by compute alone, from the two smallest sizes that can be traced."""
+        """Bound all of them by compute alone, from two sizes that can be traced."""
         accepted = (
             size
-            for size in in_order({batching.micro_batch_size for batching in space})
+            for size in self._worth_tracing({batching.micro_batch_size for batching in space})
             if self.sizes.accepts(size)
         )
         for size in itertools.islice(accepted, 2):
@@ -93,6 +93,16 @@ class Branches:
             bound = rough_seconds(batching, known[batching.micro_batch_size])
             self._nodes.append(Node(batching=batching, bound_seconds=bound))
             self._push(self._nodes[-1])
+
+    def _worth_tracing(self, sizes: Iterable[int]) -> list[int]:
+        """The smallest, then those nearest to a device's share of the batch: with it, a step has
+        one micro-batch on each device, which often wins; a size between the two follows from
+        them, and is traced only if it wins."""
+        ordered = in_order(sizes)
+        share = self.problem.global_batch_size / self.problem.num_devices
+        return ordered[:1] + sorted(
+            ordered[1:], key=lambda size: (size == 1, abs(math.log(size / share)), size)
+        )
 
     @property
     def bound_seconds(self) -> float:
@@ -242,6 +252,9 @@ class Branches:
             weight_bytes=graph[0],
             trainable_bytes=graph[1],
             tied_bytes=graph[2],
+            shard_bytes=graph[3],
+            master_bytes=graph[4],
+            updated_bytes=graph[5],
             optimizer_slots=self.problem.optimizer_slots,
             byte_seconds=(replicas - 1) / replicas / self._bandwidth(replicas),
             load_byte_seconds=min(1 / (d.host_bandwidth or math.inf) for d in self.rates.devices),
@@ -280,16 +293,20 @@ class Branches:
         return roomy or [cluster.network, *(own.link for own in cluster.host_links)]
 
     @cached_property
-    def _parameters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bytes of each layer's weights, of those that are trained, and of those that are tied;
-        tied ones once."""
+    def _parameters(self) -> np.ndarray:
+        """Bytes of each layer's weights, of gradients of those that are trained, of those that are
+        tied, of shards, of masters apart from the weights, and of trained weights as they are
+        gathered; tied ones once."""
         graph = self.problem.graph_at(next(iter(self.rates.known)))
         specs, seen = graph.parameter_specs, set[str]()
         users = Counter(name for layer in graph.layers for name in set(layer.parameters))
-        found = np.zeros((3, self.num_layers))
+        found = np.zeros((6, self.num_layers))
         for index, layer in enumerate(graph.layers):
             for name in set(layer.parameters) - seen:
-                size = specs[name].num_bytes
-                found[:, index] += size, size * specs[name].trainable, size * (users[name] > 1)
+                spec = specs[name]
+                size, weights = spec.num_bytes, spec.compute_bytes
+                trained, tied = spec.trainable, max(size, weights) * (users[name] > 1)
+                master = size * bool(spec.compute_dtype)
+                found[:, index] += weights, size * trained, tied, size, master, weights * trained
             seen.update(layer.parameters)
-        return found[0], found[1], found[2]
+        return found

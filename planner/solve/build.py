@@ -127,7 +127,7 @@ class Builder:
     def _tick(self, choice: Choice) -> float:
         """Seconds of a tick: a step of everything in sequence has at most HORIZON_TICKS."""
         mesh, figures = self.mesh_of(choice), self.figures_of(choice)
-        whole = sum(parameters_of(figures, choice).weight_bytes)
+        whole = sum(parameters_of(figures, choice).shard_bytes)
         longest = 1e-12
         for kind in mesh.kinds:
             times = self._times_of(choice, kind.devices)

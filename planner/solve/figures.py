@@ -25,6 +25,13 @@ class ParameterFigures:
     """Parameters of each layer."""
 
     weight_bytes: tuple[int, ...]
+    """Of what layers compute with."""
+    shard_bytes: tuple[int, ...]
+    """Of what is kept and updated: the same, but for the masters of mixed precision."""
+    master_bytes: tuple[int, ...]
+    """Of those masters alone: they stand beside weights in place."""
+    updated_bytes: tuple[int, ...]
+    """Of what layers compute with, of the parameters that are updated."""
     trainable_bytes: tuple[int, ...]
     """Of the parameters that have a gradient and an optimizer state."""
     tied_weight_bytes: tuple[int, ...]
@@ -85,6 +92,8 @@ class Figures:
     """A tied parameter counts in the first layer that uses it: true on one pipeline rank."""
     tied_bytes: int
     """Of trainable parameters used by several layers."""
+    tied_part_bytes: int
+    """Of a gradient of them that is not summed yet."""
     saved_bytes: tuple[int, ...]
     """Kept from forward for backward: the layer's own, and its outputs that any layer keeps."""
     savings: tuple[Saving, ...]
@@ -134,11 +143,8 @@ def make_figures(graph: LayerGraph, profile: Profile) -> Figures:
         num_layers=len(graph.layers),
         parameters=_parameter_figures(graph, [layer.parameters for layer in graph.layers]),
         parameters_once=_parameter_figures(graph, _first_uses(graph)),
-        tied_bytes=sum(
-            graph.parameter_specs[name].num_bytes
-            for name in graph.tied_parameters
-            if graph.parameter_specs[name].trainable
-        ),
+        tied_bytes=sum(parameter.num_bytes for parameter in _tied(graph)),
+        tied_part_bytes=sum(parameter.compute_bytes for parameter in _tied(graph)),
         saved_bytes=tuple(saved),
         savings=savings,
         passages=_passages(graph, profile),
@@ -152,6 +158,12 @@ def make_figures(graph: LayerGraph, profile: Profile) -> Figures:
         batch_bytes=shared_batch_bytes,
         layer_batch_bytes=layer_batch_bytes,
     )
+
+
+def _tied(graph: LayerGraph) -> list[ParameterSpec]:
+    """Trained parameters that several layers use."""
+    found = (graph.parameter_specs[name] for name in graph.tied_parameters)
+    return [parameter for parameter in found if parameter.trainable]
 
 
 def _first_uses(graph: LayerGraph) -> list[tuple[str, ...]]:
@@ -169,13 +181,19 @@ def _parameter_figures(graph: LayerGraph, uses: Sequence[tuple[str, ...]]) -> Pa
     trainable: list[list[ParameterSpec]] = [[p for p in layer if p.trainable] for layer in layers]
     tied = set(graph.tied_parameters)
 
-    def total(layer: Sequence[ParameterSpec], *, tied_only: bool) -> int:
+    def total(layer: Sequence[ParameterSpec], *, tied_only: bool = False) -> int:
         return sum(p.num_bytes for p in layer if not tied_only or p.name in tied)
 
+    def compute(layer: Sequence[ParameterSpec], *, tied_only: bool = False) -> int:
+        return sum(p.compute_bytes for p in layer if not tied_only or p.name in tied)
+
     return ParameterFigures(
-        weight_bytes=tuple(total(layer, tied_only=False) for layer in layers),
-        trainable_bytes=tuple(total(layer, tied_only=False) for layer in trainable),
-        tied_weight_bytes=tuple(total(layer, tied_only=True) for layer in layers),
+        weight_bytes=tuple(map(compute, layers)),
+        shard_bytes=tuple(map(total, layers)),
+        master_bytes=tuple(total([p for p in layer if p.compute_dtype]) for layer in layers),
+        updated_bytes=tuple(map(compute, trainable)),
+        trainable_bytes=tuple(map(total, trainable)),
+        tied_weight_bytes=tuple(compute(layer, tied_only=True) for layer in layers),
         tied_trainable_bytes=tuple(total(layer, tied_only=True) for layer in trainable),
         largest_bytes=tuple(max((p.num_bytes for p in layer), default=0) for layer in trainable),
     )

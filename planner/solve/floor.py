@@ -12,12 +12,13 @@ This module knows layers, links and limits. It does not know splits.
 
 import numpy as np
 
+from planner.partitions import gathers_updates
 from planner.solve.floor_memory import Surroundings, gathers, least_rebuilt
 from planner.solve.floor_ranks import Waits, fullest_seconds
 from planner.solve.rates import Floats, LayerFloors
 from planner.solve.space import Batching, Options
 
-__all__ = ["least_seconds", "quick_seconds", "rough_seconds"]
+__all__ = ["least_seconds", "quick_seconds", "rough_seconds", "second_pass_bytes"]
 
 
 def rough_seconds(batching: Batching, floors: LayerFloors) -> float:
@@ -129,9 +130,18 @@ def _traffic(
     weights, trained = float(around.weight_bytes[0]), float(around.trainable_bytes[0])
     passes, each = (1 if partition == 3 else 2), around.pass_seconds
     start = weights * around.byte_seconds + each if partition == 3 and weights else 0.0
-    end = passes * (trained * around.byte_seconds + each) if trained else 0.0
-    whole = float(around.trainable_bytes.sum()) * around.byte_seconds
-    return start, end, passes * whole / batching.num_pipeline_ranks
+    again = second_pass_bytes(around, partition)
+    moved = trained + float(again[0])
+    end = moved * around.byte_seconds + passes * each if trained else 0.0
+    whole = float((around.trainable_bytes + again).sum()) * around.byte_seconds
+    return start, end, whole / batching.num_pipeline_ranks
+
+
+def second_pass_bytes(around: Surroundings, partition: int) -> Floats:
+    """Bytes per layer that pass between replicas once its gradients have been summed in parts."""
+    if partition == 3:
+        return np.zeros_like(around.trainable_bytes)
+    return around.updated_bytes if gathers_updates(partition) else around.trainable_bytes
 
 
 def _moved_seconds(
@@ -147,14 +157,14 @@ def _moved_seconds(
     ranks, count = batching.num_pipeline_ranks, batching.num_micro_batches
     least = float(np.median(around.weight_bytes))
     heavy = around.weight_bytes >= least
-    trained = float(around.trainable_bytes[heavy].min())
+    trained = around.trainable_bytes + second_pass_bytes(around, options.partition)
     light = ~heavy
     light[np.flatnonzero(heavy)[-1] :] = False
     ahead = count * float(floors.forward[light].sum())
     behind = ahead + count * float(floors.backward[light].sum())
     each = around.byte_seconds if options.partition == 3 else around.load_byte_seconds
     gather = least * each if gathers(options) else 0.0
-    reduction = (1 if options.partition == 3 else 2) * trained * around.byte_seconds
+    reduction = float(trained[heavy].min()) * around.byte_seconds
     without = count * float(floors.both[heavy].sum()) / (ranks - 1) if ranks > 1 else float("inf")
     # Of the ranks in the order of those layers: the layers of the ranks before come first.
     places = np.arange(ranks)

@@ -36,6 +36,12 @@ class Surroundings:
     trainable_bytes: Floats
     tied_bytes: Floats
     """Of those weights that other layers use too: they have buffers of their own."""
+    shard_bytes: Floats
+    """Of what is kept of the weights: the same, but for the masters of mixed precision."""
+    master_bytes: Floats
+    """Of those masters alone, which stand beside weights in place."""
+    updated_bytes: Floats
+    """Of the weights that are trained, as the others gather them."""
     optimizer_slots: int
     byte_seconds: float
     """Of a byte of weights to pass between all replicas once; 0 with one."""
@@ -126,9 +132,12 @@ def state_bytes(batching: Batching, around: Surroundings, options: Options) -> F
     replicas = batching.num_replicas
     away = offloaded(options.partition, offload_state=options.offload_state)
     moments = around.optimizer_slots * around.trainable_bytes * ("moments" not in away)
-    weights = around.weight_bytes * ("shard" not in away)
-    weights = weights / (replicas if options.partition == 3 else 1)
-    state: Floats = weights + moments / (replicas if options.partition else 1)
+    shards = replicas if options.partition else 1
+    if gathers(options):
+        weights = around.shard_bytes * ("shard" not in away) / shards
+    else:
+        weights = around.weight_bytes + around.master_bytes / shards
+    state: Floats = weights + moments / shards
     return state
 
 

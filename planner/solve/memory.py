@@ -113,7 +113,13 @@ class Held:
         """Of weights that are gathered for passes; nothing where they stay in place."""
         if not self.gathers:
             return [0] * self.figures.num_layers
-        return per_shard(parameters_of(self.figures, self.choice).weight_bytes, self.choice)
+        return per_shard(parameters_of(self.figures, self.choice).shard_bytes, self.choice)
+
+    @property
+    def in_place(self) -> list[int]:
+        """Weights that stay on the device whole, and the masters of mixed precision beside them."""
+        found = parameters_of(self.figures, self.choice)
+        return total(found.weight_bytes, per_shard(found.master_bytes, self.choice))
 
     @property
     def gathers(self) -> bool:
@@ -147,7 +153,7 @@ def fixed_bytes(figures: Figures, choice: Choice) -> list[int]:
     found = [each] * choice.num_pipeline_ranks
     if choice.num_replicas == 1 and choice.num_stages > 1 and _ties_meet(figures, choice):
         # Gradients of weights tied within a rank are kept per micro-batch, for the order of sums.
-        found[choice.stage_ranks[0]] += count * figures.tied_bytes
+        found[choice.stage_ranks[0]] += count * figures.tied_part_bytes
     return found
 
 

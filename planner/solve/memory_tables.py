@@ -57,7 +57,7 @@ def _state(held: Held, *, keeps_sums: bool) -> list[int]:
     """Through the whole step."""
     found, choice = parameters_of(held.figures, held.choice), held.choice
     kinds = offloaded(choice.partition, offload_state=choice.offload_state)
-    state = list(held.shards if held.gathers else found.weight_bytes)
+    state = list(held.shards if held.gathers else held.in_place)
     if "shard" in kinds:
         state = [0] * len(state)
     if "moments" not in kinds:

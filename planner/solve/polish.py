@@ -28,7 +28,7 @@ MAX_REFINED = 2
 SHAKES = ((6, 24), (3, 48), (2, 48))
 """How many choices get how many more local searches: fewer and fewer, as their best is known."""
 FEW_STAGES = 16
-"""With more, fewer local searches: each takes longer."""
+"""With more, fewer local searches: each tries more moves, and each move takes longer."""
 MAX_STEPS = 12
 """From one number of stages or buffers to the next, of each climb."""
 LOCAL_SHARE = 1 / 4
@@ -66,7 +66,7 @@ class Polish:
         for number, repeats in SHAKES:
             for trial in self.leaders()[:number]:
                 stages = max(FEW_STAGES, trial.instance.choice.num_stages)
-                for _ in range(max(1, repeats * FEW_STAGES // stages)):
+                for _ in range(max(1, repeats * FEW_STAGES**2 // stages**2)):
                     if self._is_over() or not self._may_win(trial):
                         break
                     shake(trial, generator)

@@ -122,7 +122,7 @@ class TableMaker:
                 _scaled(moved.reduce, parameters.trainable_bytes), entry=moved.reduce_latency
             ),
             self._table(
-                _scaled(moved.gather, parameters.trainable_bytes), entry=moved.gather_latency
+                _scaled(moved.gather, parameters.updated_bytes), entry=moved.gather_latency
             ),
         )
 
@@ -157,7 +157,7 @@ class TableMaker:
         moments = [self.problem.optimizer_slots * num_bytes for num_bytes in shards]
         if not gathers_for_passes(choice.partition, offload_state=choice.offload_state):
             return moments, [0] * len(moments)
-        return moments, per_shard(parameters.weight_bytes, choice)
+        return moments, per_shard(parameters.shard_bytes, choice)
 
     def _updates(self) -> tuple[list[float], float]:
         """Seconds per layer, and the least that a stage's update takes: a kernel's overhead."""

@@ -6,6 +6,6 @@ The glue between layers is recorded as torch operators with `make_fx` (the trace
 
 from planner.trace.interpret import Context, run_statements
 from planner.trace.scaled import same_graph
-from planner.trace.traced import TracedModel, trace
+from planner.trace.traced import TracedModel, patterns_of, trace
 
-__all__ = ["Context", "TracedModel", "run_statements", "same_graph", "trace"]
+__all__ = ["Context", "TracedModel", "patterns_of", "run_statements", "same_graph", "trace"]

@@ -4,14 +4,15 @@ It ties the parts of this folder together and knows none of their insides.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from planner.errors import ModelFileError, TraceError
+from planner.compute_type import cast_tensor, to_compute_type
+from planner.errors import ModelFileError, TraceError, UsageError
 from planner.graph import LayerGraph
 from planner.model_file import ModelFile, build_on_meta, fingerprint, forward_keys
 from planner.plan.code import Statement
@@ -26,22 +27,30 @@ from planner.trace.scaled import scaled_graph
 from planner.trace.statements import write_statements
 from planner.trace.unread import free_unread
 
-__all__ = ["TracedModel", "trace"]
+__all__ = ["TracedModel", "patterns_of", "trace"]
 
 # Batch normalisation refuses one sample of one pixel, so two tell more than one.
 _FIRST_BATCH_SIZE = 2
+_HALF_HINT = (
+    "see whether the model runs as build_model().to(torch.{0}): tensors that its forward makes "
+    "must take the type of what they meet; or plan without --precision"
+)
 
 
 class TracedModel:
     """A model on fake tensors, and its LayerGraph at every micro-batch size asked for."""
 
-    def __init__(self, model_file: ModelFile, precision: Precision = Precision.MODEL) -> None:
+    def __init__(
+        self,
+        model_file: ModelFile,
+        precision: Precision = Precision.MODEL,
+        keep_float32: Sequence[str] = (),
+    ) -> None:
         self.model_file = model_file
-        self.precision = precision
+        self.precision, self.keep_float32 = precision, tuple(keep_float32)
         built = build_on_meta(model_file.build_model, model_file.name)
         self.fingerprint = fingerprint(built)
-        if precision.compute_dtype is not None:
-            built = built.to(getattr(torch, precision.compute_dtype))
+        built = to_compute_type(built, precision, keep_float32)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = fake_copy(built, self.mode)
         self.leaves = self._first_leaves()
@@ -88,13 +97,7 @@ class TracedModel:
     def fake_batch(self, micro_batch_size: int) -> dict[str, torch.Tensor]:
         """The example batch on fake tensors of this traced model's mode."""
         batch = fake_batch(self.model_file, micro_batch_size, self.mode)
-        if self.precision.compute_dtype is None:
-            return batch
-        dtype: torch.dtype = getattr(torch, self.precision.compute_dtype)
-        return {
-            key: value.to(dtype) if value.is_floating_point() else value
-            for key, value in batch.items()
-        }
+        return {key: cast_tensor(value, self.precision) for key, value in batch.items()}
 
     def _first_leaves(self) -> tuple[str, ...]:
         if not self.model_file.layers:
@@ -194,16 +197,44 @@ def _call_first(module: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def trace(model_file: ModelFile, precision: Precision = Precision.MODEL) -> TracedModel:
+def patterns_of(
+    model_file: ModelFile, precision: Precision, keep_float32: Sequence[str]
+) -> tuple[str, ...]:
+    """What stays in float32: the model file's patterns and these; nothing but in mixed precision.
+
+    Raises:
+        UsageError: patterns are given without mixed precision.
+    """
+    if precision.is_mixed:
+        return (*model_file.keep_float32, *keep_float32)
+    if keep_float32:
+        raise UsageError(
+            f"{keep_float32[0]!r} is to stay in float32, but no other type was asked for",
+            hint="--precision bfloat16, or leave --keep-float32 out",
+        )
+    return ()
+
+
+def trace(
+    model_file: ModelFile,
+    precision: Precision = Precision.MODEL,
+    keep_float32: Sequence[str] = (),
+) -> TracedModel:
     """Trace the model that a model file builds, in train mode, on fake tensors.
 
     With a mixed `precision` it is the compute copy that is traced: floating parameters, buffers and
-    batch keys are of its type.
+    batch keys are of its type, but for what patterns say to keep (`planner.compute_type`).
 
     Raises:
+        UsageError: a pattern matches nothing.
         TraceError: the model cannot be traced into layers; names the module and the line.
         ModelFileError: a function of the model file fails or breaks its contract.
     """
-    traced = TracedModel(model_file, precision)
-    traced.refine()
+    try:
+        traced = TracedModel(model_file, precision, keep_float32)
+        traced.refine()
+    except TraceError as error:
+        if not precision.is_mixed:
+            raise
+        raise TraceError(error.message, hint=_HALF_HINT.format(precision.value)) from None
     return traced

@@ -199,7 +199,8 @@ def _whole(key: tuple[str, ...], tensor: Tensor) -> Part:
 def _room(rank: RankState, state: UnitState) -> tuple[Tensor, int]:
     """Where weights that are read go, and which element of the unit is the first of them."""
     if not state.gathered:
-        return state.whole, 0
+        whole = torch.zeros_like(state.whole, dtype=state.shard.dtype)
+        return whole if state.has_copy else state.whole, 0
     if "shard" in rank.plan.offloaded:
         example = rank.host.values(f"host:shard:{state.unit.name}")
         return torch.zeros_like(example, device=rank.device), state.first
@@ -209,6 +210,9 @@ def _room(rank: RankState, state: UnitState) -> tuple[Tensor, int]:
 def _put_weights(rank: RankState, state: UnitState, values: Tensor) -> None:
     if "shard" in rank.plan.offloaded:
         rank.host.keep(f"host:shard:{state.unit.name}", values).wait()
+    elif state.has_copy and not state.gathered:
+        state.shard.copy_(values[state.first : state.last])
+        state.whole.copy_(values)
 
 
 def _put_moments(rank: RankState, state: UnitState, moments: dict[str, dict[str, Any]]) -> None:

@@ -1,13 +1,13 @@
 """A whole training state in a folder: saved by the ranks of one plan, taken up by those of any.
 
-The state is parameters, buffers, optimizer and scheduler state, the number of steps, the seed and
-the caller's position in the data. Another plan of the same model goes on from it: bitwise where the
-arithmetic is the same. This module knows what belongs to a training state. It does not know how
-tensors are cut or written.
+The state is parameters, buffers, optimizer and scheduler state, the number of steps, the seed, the
+scales of loss and gradient, and the caller's position in the data. Another plan of the same model
+goes on from it: bitwise where the arithmetic is the same. This module knows what belongs to a
+training state. It does not know how tensors are cut or written.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from runtime.checkpoint.figures import find_checkpoint, read_figures
 from runtime.checkpoint.parts import Key
 from runtime.checkpoint.rank import figures_of, fill_rank, parts_of, put_figures
 from runtime.gathering import gather_objects
+from runtime.loss_scale import LossScale
 from runtime.state import RankState
 
 __all__ = ["CheckpointInfo", "load_training", "read_info", "save_training"]
@@ -83,6 +84,8 @@ def save_training(
         "seed": plan.options.seed,
         "global_batch_size": plan.global_batch_size,
         "data": dict(data),
+        "loss_scale": None if rank.loss_scale is None else asdict(rank.loss_scale),
+        "clip_scale": float(rank.buffers["clip:scale"]) if plan.options.clip_delayed else None,
     }
     _refuse_others(folder)
     parts, aliases = parts_of(rank, buffers), _aliases(rank, model)
@@ -117,7 +120,12 @@ def load_training(rank: RankState, buffers: Mapping[str, Tensor], path: Path) ->
             hint=f"take that seed: replace(plan, options=replace(plan.options, seed={info.seed}))",
         )
     fill_rank(rank, CheckpointReader(info.path), buffers)
-    put_figures(rank, read_figures(info.path))
+    figures = read_figures(info.path)
+    put_figures(rank, figures)
+    if rank.loss_scale is not None and figures["loss_scale"] is not None:
+        rank.loss_scale = LossScale(**figures["loss_scale"])
+    if plan.options.clip_delayed and figures["clip_scale"] is not None:
+        rank.buffers["clip:scale"].fill_(figures["clip_scale"])
     rank.step = info.num_steps
     return info
 

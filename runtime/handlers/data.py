@@ -15,7 +15,9 @@ def gather(rank: RankState, instruction: Instruction) -> None:
     if not state.partitioned:
         whole.copy_(state.shard)
         return
-    pending = rank.transport.gather(state.shard, whole, describe(instruction))
+    # A copy in another type is cast where it belongs in the whole, and leaves from there.
+    mine = state.cast_into(whole) if state.has_copy else state.shard
+    pending = rank.transport.gather(mine, whole, describe(instruction))
     rank.buffers.pending(instruction, pending)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from planner.compute_type import cast_tensor
 from planner.plan.names import kind_of
 from planner.plan.types import Instruction
 from runtime.handlers.words import describe, tensor_of
@@ -18,10 +19,12 @@ def load(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     size = rank.plan.micro_batch_size
     first = instruction.micro_batch * size
     keys = [(tensor_of(name), name) for name in instruction.writes]
+    precision = rank.plan.options.precision
 
     def run() -> None:
         for key, name in keys:
-            rows = rank.batch[key][first : first + size]
+            # In mixed precision only what is needed of the batch is cast, here.
+            rows = cast_tensor(rank.batch[key][first : first + size], precision)
             rank.buffers[name] = rows.to(rank.device, non_blocking=True)
 
     return run

@@ -1,7 +1,8 @@
 """CHECK_FINITE, CLIP, UPDATE and SAVE: from whole gradients to the next state.
 
 The norm of the whole model's gradient is the square root of the sum of the squares of the norms of
-all units, as torch.nn.utils.clip_grad_norm_ takes it over parameters. Every element counts once:
+all units, as torch.nn.utils.clip_grad_norm_ takes it over parameters. Where clipping is delayed,
+updates leave the squares, and CLIP finds the factor of the next step. Every element counts once:
 parts of all replicas where the gradient is partitioned, else replica 0's; of tied units the lowest
 rank's.
 """
@@ -9,6 +10,7 @@ rank's.
 import torch
 from torch import Tensor
 
+from planner.plan.names import kind_of
 from planner.plan.types import Instruction
 from runtime.handlers.words import describe
 from runtime.hooks import not_finite
@@ -38,13 +40,17 @@ def clip(rank: RankState, instruction: Instruction) -> None:
     assert limit is not None, "CLIP in a plan without clip_norm"
     squares = torch.zeros(1, dtype=torch.float64, device=rank.device)
     for state, gradient in rank.gradients(instruction):
-        if _counts_here(rank, state):
-            squares += _norm(gradient).double().square()
+        squares += _square(rank, state, gradient)
+    for name in instruction.reads:
+        if kind_of(name) == "square":
+            squares += rank.buffers[name]
     rank.gradient_norm = norm = torch.empty_like(squares[0])
     rank.buffers[target] = scale = torch.empty_like(norm, dtype=torch.float32)
 
     def finish() -> None:
         norm.copy_(squares[0].sqrt())
+        if rank.loss_scale is not None:
+            norm.div_(rank.loss_scale.scale)
         scale.copy_(torch.clamp(limit / (norm + 1e-6), max=1.0))  # torch's own formula
 
     pending = rank.transport.all_reduce_world(squares, describe(instruction))
@@ -55,16 +61,24 @@ def update(rank: RankState, instruction: Instruction) -> None:
     state = rank.unit(instruction)
     ((_, reduced),) = rank.gradients(instruction)
     gradient = state.my_part(reduced)
+    if rank.loss_scale is not None:
+        gradient.mul_(1 / rank.loss_scale.scale)
     if rank.observer is not None:
         rank.observer(state, gradient)
     state.detach_gradients()
     optimizer = rank.optimizers[state.unit.name]
+    for name in instruction.writes:
+        if kind_of(name) == "square":
+            rank.buffers[name] = _square(rank, state, reduced)
     if "finite" not in instruction.reads or bool(rank.buffers["finite"]):
-        if "scale" in instruction.reads:
-            gradient.mul_(rank.buffers["scale"])
+        for name in ("scale", "clip:scale"):
+            if name in instruction.reads:
+                gradient.mul_(rank.buffers[name])
         state.attach_piece_gradients(gradient)
         optimizer.step()
         optimizer.release_gradients()
+        if state.has_copy and not state.gathered and not state.partitioned:
+            state.cast_into(state.whole)
     else:
         rank.not_finite += not_finite(state, gradient)
 
@@ -74,9 +88,12 @@ def save(rank: RankState, instruction: Instruction) -> None:
         rank.buffers.pending(instruction, rank.host.keep(f"host:{source}", rank.value(source)))
 
 
-def _counts_here(rank: RankState, state: UnitState) -> bool:
-    """Whether this rank's part of a unit's gradient is the one that counts in the norm."""
-    return rank.rank == state.unit.ranks[0] and (state.divides_gradients or rank.replica == 0)
+def _square(rank: RankState, state: UnitState, gradient: Tensor) -> Tensor:
+    """The sum of the squares of this rank's part of a unit's gradient; 0 where another's counts."""
+    is_first = rank.rank == state.unit.ranks[0]
+    if is_first and (state.divides_gradients or rank.replica == 0):
+        return _norm(gradient).double().square()
+    return torch.zeros((), dtype=torch.float64, device=rank.device)
 
 
 def _norm(gradient: Tensor) -> Tensor:

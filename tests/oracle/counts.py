@@ -58,9 +58,10 @@ def _tables(facts: Facts) -> Iterator[Fault]:
         length_bytes = 0
         for parameter in found:  # weights in parts are packed, else each is aligned
             length_bytes += -length_bytes % 64 if plan.partition != 3 else 0
-            length_bytes += parameter.num_bytes
-        if length_bytes != unit.num_elements * DTYPE_BYTES[unit.dtype] or any(
-            p.dtype != unit.dtype for p in found
+            length_bytes += parameter.num_elements * DTYPE_BYTES[unit.compute_dtype or unit.dtype]
+        element_bytes = DTYPE_BYTES[unit.compute_dtype or unit.dtype]
+        if length_bytes != unit.num_elements * element_bytes or any(
+            (p.dtype, p.compute_dtype) != (unit.dtype, unit.compute_dtype) for p in found
         ):
             yield Fault(kind="count", message=f"{unit.name} is not as large as its parameters")
         if unit.trainable != any(p.trainable for p in found):

@@ -14,7 +14,7 @@ __all__ = ["BACKWARDS", "COMPUTE", "RESIDENT", "Facts", "Fault", "Life", "Oracle
 
 BACKWARDS = (Opcode.BACKWARD, Opcode.BACKWARD_INPUT, Opcode.BACKWARD_WEIGHT)
 COMPUTE = (Opcode.FORWARD, Opcode.RECOMPUTE, *BACKWARDS)
-RESIDENT = ("shard", "moments", "weights", "sum")
+RESIDENT = ("shard", "moments", "weights", "sum", "clip")
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
 
 
@@ -134,7 +134,8 @@ class Facts:
         return kind in RESIDENT and kind not in self.away
 
     def resident_bytes(self, rank: int) -> int:
-        """State and pools. Weights in place are the shard; only what is updated has moments."""
+        """State and pools. Weights in place are the shard unless it is their master; only what is
+        updated has moments."""
         updated = {i.unit for i in self.plan.programs[rank] if i.opcode is Opcode.UPDATE}
         total = 0
         for buffer in filter(
@@ -142,6 +143,7 @@ class Facts:
         ):
             kind, _, unit = buffer.name.partition(":")
             is_copy = kind == "shard" and not self.plan.gathers
+            is_copy = is_copy and not self.units[unit].compute_dtype
             is_unused = kind == "moments" and self.trains and unit not in updated
             total += 0 if is_copy or is_unused else num_bytes(buffer)
         return total + self.plan.module_buffer_bytes

@@ -67,6 +67,8 @@ class Machine:
         """Every rank holds the state of its units, on the device or on the host."""
         plan = self.facts.plan
         held: list[dict[str, Content]] = [{} for _ in self.programs]
+        if plan.options.clip_delayed:
+            held = [{"clip:scale": ("value", "clip:scale")} for _ in self.programs]
         for unit in plan.units:
             for rank in unit.ranks:
                 for kind in ("shard", "moments"):

@@ -49,6 +49,10 @@ def operate(facts: Facts, rank: int, instruction: Instruction, held: Held) -> He
                 _need(held, released, ("weights", instruction.unit))
             del held[released]
             return {}
+        case Opcode.CLIP if facts.plan.options.clip_delayed:
+            for buffer in instruction.reads:
+                _need(held, buffer, ("value", buffer))
+            return _named(instruction.writes)
         case Opcode.CHECK_FINITE | Opcode.CLIP:
             for unit in facts.trainable_on(rank):
                 _whole_gradient(facts, unit, instruction, held)
@@ -98,6 +102,8 @@ def _of_unit(facts: Facts, unit: Unit, instruction: Instruction, held: Held) -> 
         _need(held, f"weights:{unit.name}", ("weights", unit.name))
     del held[_whole_gradient(facts, unit, instruction, held)]
     made: Held = dict.fromkeys(instruction.writes, ("updated", unit.name))
+    if facts.plan.options.clip_delayed:
+        made |= _named([f"square:{unit.name}"])
     if facts.joins_updates:
         made[f"weights:{unit.name}"] = ("torn", unit.name)
     return made

@@ -107,6 +107,9 @@ def _operands(facts: Facts, rank: int, instruction: Instruction) -> list[Operand
             keys = {f"batch:{key}.{m}" for key in facts.batch}
             return [([], written)] if written and m is not None and set(written) <= keys else []
         case Opcode.CHECK_FINITE | Opcode.CLIP:
+            if instruction.opcode is Opcode.CLIP and facts.plan.options.clip_delayed:
+                squares = [f"square:{unit.name}" for unit in facts.trainable_on(rank)]
+                return [(squares, ["clip:scale"])]
             sources = [_source(facts, unit) for unit in facts.trainable_on(rank)]
             made = "finite" if instruction.opcode is Opcode.CHECK_FINITE else "scale"
             return [(sources, [made])]
@@ -212,8 +215,11 @@ def _of_unit(facts: Facts, instruction: Instruction) -> list[Operands]:
             return [([shard, moments], [f"host:{shard}", f"host:{moments}"])]
     state = [shard, moments] if plan.gathers else [shard, moments, f"weights:{unit.name}"]
     verdicts = ["finite"] * plan.options.check_finite
-    verdicts += ["scale"] * (plan.options.clip_norm is not None)
-    return [([_source(facts, unit), *state, *verdicts], state)]
+    delayed = plan.options.clip_delayed
+    scale = "clip:scale" if delayed else "scale"
+    verdicts += [scale] * (plan.options.clip_norm is not None)
+    squares = [f"square:{unit.name}"] * delayed
+    return [([_source(facts, unit), *state, *verdicts], [*state, *squares])]
 
 
 def _source(facts: Facts, unit: Unit) -> str:
@@ -237,17 +243,23 @@ def _fits(facts: Facts, rank: int, buffer: str, instruction: Instruction) -> boo
         kept = sum(trained.get(name, 0) for name in unit.parameters)
         return _is_of(entry, unit, slots * min(kept, facts.part_elements(unit)))
     if kind == "part":
-        return _is_of(entry, facts.units[name], facts.units[name].num_elements)
+        return _computes(entry, facts.units[name], facts.units[name].num_elements)
     if kind == "saved":
         enough = math.prod(entry.shape) >= facts.plan.stages[int(name)].saved_bytes
         return entry.dtype == "uint8" and enough
     if kind == "weights" and not facts.plan.gathers:
-        return _is_of(entry, facts.units[rest], facts.whole_elements(facts.units[rest]))
+        return _computes(entry, facts.units[rest], facts.whole_elements(facts.units[rest]))
     if kind in ("weights", "sum"):
         put = _pool_unit(facts, buffer, instruction)
-        return put is None or _holds(entry, put, facts.whole_elements(put))
+        if put is None:
+            return True
+        dtype = put.compute_dtype if kind == "weights" and put.compute_dtype else put.dtype
+        return entry.dtype == dtype and math.prod(entry.shape) >= facts.whole_elements(put)
     if buffer in ("finite", "scale") or name == "loss":
         wanted = "bool" if buffer == "finite" else "float32"
+        return entry.dtype == wanted and math.prod(entry.shape) >= 1
+    if kind in ("square", "clip"):
+        wanted = "float64" if kind == "square" else "float32"
         return entry.dtype == wanted and math.prod(entry.shape) >= 1
     spec = facts.batch[name] if kind == "batch" else facts.tensors[name]
     return (entry.dtype, entry.shape) == (spec.dtype, spec.shape)
@@ -268,5 +280,7 @@ def _is_of(entry: Buffer, unit: Unit, num_elements: int) -> bool:
     return entry.dtype == unit.dtype and math.prod(entry.shape) == num_elements
 
 
-def _holds(entry: Buffer, unit: Unit, num_elements: int) -> bool:
-    return entry.dtype == unit.dtype and math.prod(entry.shape) >= num_elements
+def _computes(entry: Buffer, unit: Unit, num_elements: int) -> bool:
+    """The same of what stages compute with."""
+    dtype = unit.compute_dtype if unit.compute_dtype else unit.dtype
+    return entry.dtype == dtype and math.prod(entry.shape) == num_elements
