@@ -14,6 +14,8 @@ from planner.explain.alternating import search_schedule
 from planner.schedules import Schedule
 from planner.solve import Placement, Problem, Progress, Simulated, Solution, solve
 from planner.solve.any_order import any_order_seconds
+from planner.solve.entry import Clock
+from planner.variants import improved
 
 __all__ = ["OTHER_SCHEDULES", "solve_any", "unbounded", "with_bound"]
 
@@ -29,6 +31,8 @@ must be demanded: it asks autograd for a part of the gradients at a time, and ch
 re-enters autograd, inside layers of the model, refuses that."""
 LAYERED_SHARE = 0.6
 """Of the time limit, for the layered search; the other schedules together have what it leaves."""
+VARIANTS_SHARE = 0.15
+"""Of the time limit, for single changes of the winner."""
 MAX_DEVICES = 256
 """Beyond it a search of all meshes for every schedule takes too long, and none is asked for."""
 
@@ -60,6 +64,8 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
         found = _fastest(problem, simulate, (1 - LAYERED_SHARE) * limit)
         if found is None:
             raise
+        clock = Clock(limit_seconds=VARIANTS_SHARE * limit)
+        found = improved(problem, simulate, *found, clock)
         return unbounded(*found, time.monotonic() - started)
     if solution.is_interrupted:
         return solution
@@ -67,9 +73,17 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
     left = max(limit - solution.solve_seconds, (1 - LAYERED_SHARE) * limit)
     found = _fastest(problem, simulate, left, known)
     if found is None or found[1] >= known:
+        found = solution.placement, known
+    clock = Clock(limit_seconds=VARIANTS_SHARE * limit)
+    placement, seconds = improved(problem, simulate, *found, clock)
+    if seconds >= known:
         return solution
-    placement, seconds = found
-    return replace(solution, placement=placement, step_seconds=seconds, layered_seconds=known)
+    return replace(
+        solution,
+        placement=placement,
+        step_seconds=seconds,
+        layered_seconds=None if placement.schedule is Schedule.LAYERED else known,
+    )
 
 
 def with_bound(problem: Problem, solution: Solution, *, halves_backward: bool = False) -> Solution:

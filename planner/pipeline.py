@@ -137,16 +137,7 @@ def find_plan(
     except InfeasibleError as error:
         if not advise:
             raise
-        found = None if prepared.order is not None else _any_fit(problem, simulator(lowered))
-        if found is None:
-            raise with_remedies(
-                error,
-                problem,
-                prepared.planner_for,
-                cluster_at=cluster_at,
-                time_limit_seconds=problem.time_limit_seconds,
-            ) from None
-        solution = found
+        solution = _found_after_all(prepared, simulator(lowered), error, cluster_at)
     if not prepared.foresees(solution.placement.micro_batch_size):
         assert prepared.traced is not None
         return find_plan(prepared.traced, progress, advise=advise, cluster_at=cluster_at)
@@ -176,6 +167,26 @@ def find_plan(
     )
 
 
+def _found_after_all(
+    prepared: Prepared,
+    simulate: Callable[[Placement], Simulated],
+    error: InfeasibleError,
+    cluster_at: ClusterAt | None,
+) -> Solution:
+    """Any plan that the search has missed; raises the error with remedies where there is none."""
+    problem = prepared.problem
+    found = None if prepared.order is not None else _any_fit(problem, simulate)
+    if found is None:
+        raise with_remedies(
+            error,
+            problem,
+            prepared.planner_for,
+            cluster_at=cluster_at,
+            time_limit_seconds=problem.time_limit_seconds,
+        ) from None
+    return found
+
+
 def _any_fit(problem: Problem, simulate: Callable[[Placement], Simulated]) -> Solution | None:
     """Where a search has found nothing: any plan at all, so that advice is given only where one
     is needed."""
@@ -191,8 +202,12 @@ def _prediction(
     prepared: Prepared, plan: Plan, simulation: Simulation, bound_seconds: float
 ) -> Prediction:
     cluster, limit = prepared.problem.cluster, prepared.problem.memory_limit_bytes
-    devices = [cluster.device(rank) for rank in range(plan.world_size)]
-    least = min(device.usable_bytes for device in devices)
+    limits = tuple(
+        min(cluster.device(place).usable_bytes for place in plan.grid.replicas_of(rank))
+        if limit is None
+        else limit
+        for rank in range(plan.num_pipeline_ranks)
+    )
     layers = "from the roofline"
     if prepared.measured is not None:
         layers = prepared.measured.note_at(plan.micro_batch_size)
@@ -200,7 +215,8 @@ def _prediction(
         step_seconds=simulation.step_seconds,
         bubble=simulation.bubble,
         peak_bytes=simulation.peak_bytes,
-        memory_limit_bytes=least if limit is None else limit,
+        memory_limit_bytes=min(limits),
+        rank_limit_bytes=limits if len(set(limits)) > 1 else (),
         provenance=f"simulated on {cluster.name} ({cluster.provenance}); layers {layers}",
         bound_seconds=bound_seconds or None,
     )

@@ -137,16 +137,17 @@ def prepare(
     patterns = patterns_of(model_file, precision, keep_float32)
     if measured is not None:
         _check_precision(measured, precision, patterns)
-    step = PlanOptions(
-        seed=seed,
-        clip_norm=_checked_norm(clip_norm),
-        clip_delayed=clip_delayed,
-        check_finite=check_finite or precision is Precision.FLOAT16,
-        save=save,
-        precision=precision,
-        keep_float32=patterns,
+    step = _checked(
+        PlanOptions(
+            seed=seed,
+            clip_norm=clip_norm,
+            clip_delayed=clip_delayed,
+            check_finite=check_finite or precision is Precision.FLOAT16,
+            save=save,
+            precision=precision,
+            keep_float32=patterns,
+        )
     )
-    _check_delayed(step)
     traced = trace(model_file, precision, patterns)
     graph = with_masters(traced.first_graph, precision)
     options = _with_optimizer(step, model_file, cluster)
@@ -170,6 +171,13 @@ def prepare(
         options=options,
         trace_seconds=time.monotonic() - started,
     )
+    return _with_traces(question, traced, measured)
+
+
+def _with_traces(
+    question: Prepared, traced: TracedModel, measured: MeasuredModel | None
+) -> Prepared:
+    """The question with graphs of any size, and the same with traced ones alone."""
     return replace(
         _with_graphs(question, traced, traced.any_graph, measured),
         traced=_with_graphs(question, traced, traced.layer_graph, measured),
@@ -251,21 +259,20 @@ def _with_optimizer(options: PlanOptions, model_file: ModelFile, cluster: Cluste
     )
 
 
-def _check_delayed(options: PlanOptions) -> None:
-    if options.clip_delayed and options.clip_norm is None:
-        raise UsageError("clip_delayed without clip_norm", hint="give the norm with --clip-norm")
-    if options.clip_delayed and options.check_finite:
-        raise UsageError(
-            "clip_delayed and check_finite: updates that wait for the check gain nothing by a norm "
-            "of the step before",
-            hint="leave out one of the two",
-        )
-
-
-def _checked_norm(clip_norm: float | None) -> float | None:
+def _checked(options: PlanOptions) -> PlanOptions:
+    """The options of a step, if they go together."""
+    clip_norm = options.clip_norm
     if clip_norm is not None and not (0 < clip_norm < math.inf):
         raise UsageError(
             f"clip_norm is {clip_norm}, not a finite number above 0",
             hint="give the largest norm of the whole model's gradient, such as 1.0",
         )
-    return clip_norm
+    if options.clip_delayed and clip_norm is None:
+        raise UsageError("clip_delayed without clip_norm", hint="give the norm with --clip-norm")
+    if options.clip_delayed and options.check_finite:
+        raise UsageError(
+            "clip_delayed and check_finite, which float16 implies: updates that wait for the check "
+            "gain nothing by a norm of the step before",
+            hint="leave out one of the two",
+        )
+    return options

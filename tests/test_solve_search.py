@@ -10,6 +10,12 @@ from planner.pipeline import find_plan
 from planner.prepare import prepare
 from planner.report import solution_lines
 from planner.solve import Placement, Simulated, solve
+from planner.solve.branch import Branches
+from planner.solve.build import Builder
+from planner.solve.entry import Clock
+from planner.solve.rates import Rates
+from planner.solve.sizes import Sizes
+from planner.solve.space import batchings
 
 
 def interrupt(*told: float) -> None:
@@ -76,3 +82,22 @@ def test_a_plan_that_just_fits_is_improved_within_the_clock() -> None:
         solution = solve(problem, formula(problem))
         assert max(formula(problem)(solution.placement).peak_bytes) <= limit
         assert solution.bound_seconds <= solution.step_seconds
+
+
+def test_some_of_the_first_tries_keep_off_slow_links() -> None:
+    """Bounds do not count what pipelines send, so theirs may all be below those without one."""
+    problem = make_problem([Layer()] * 12, num_devices=8, global_batch_size=64)
+    sizes = Sizes(problem=problem, clock=Clock(limit_seconds=60.0))
+    branches = Branches(
+        problem=problem,
+        num_layers=12,
+        sizes=sizes,
+        builder=Builder(problem=problem),
+        rates=Rates(problem=problem),
+    )
+    branches.start(batchings(problem, 12))
+    leaders = branches.leaders()
+    assert any(leader.batching.num_pipeline_ranks == 1 for leader in leaders)
+    assert len({leader.batching for leader in leaders}) == len(leaders)
+    while (node := branches.next(float("inf"))) is not None:
+        assert node not in leaders

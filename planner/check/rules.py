@@ -125,8 +125,8 @@ def memory_fits(plan: Plan, order: PartialOrder) -> Failure | None:
     """Rule 7: the most that any interleaving can hold, on every rank, is within the limit."""
     if plan.prediction is None:
         return None
-    limit = plan.prediction.memory_limit_bytes
     for rank, moment in enumerate(worst_moments(plan, order)):
+        limit = plan.prediction.limit_of(rank)
         excess = moment.memory.total_bytes - limit
         if excess > 0:
             classes = {f.name: getattr(moment.memory, f.name) for f in fields(moment.memory)}

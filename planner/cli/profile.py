@@ -5,6 +5,8 @@ Knows which of the three the command line asks for, and the first of them.
 
 import importlib
 import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -152,19 +154,7 @@ def main(
     path = output if output is not None else Path(f"{model_file.name}.profile.yaml")
     check_can_write(path, "--output", [model_file.path])
     found = find_device(device or default_device_kind(), threads)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=error_console,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("tracing", total=None)
-
-        def show(number: int, total: int, layer: str) -> None:
-            progress.update(task, completed=number, total=total, description=layer)
-
+    with _layer_bar() as show:
         measured = measure_model(
             model_file,
             micro_batch_sizes,
@@ -181,3 +171,22 @@ def main(
     for size in measured.sizes:
         console.print(layer_table(size))
     console.print(Text(f"profile   written to {path}"), soft_wrap=True)
+
+
+@contextmanager
+def _layer_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar; what it yields hears of each layer: number, of how many, name."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=error_console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("tracing", total=None)
+
+        def show(number: int, total: int, layer: str) -> None:
+            progress.update(task, completed=number, total=total, description=layer)
+
+        yield show

@@ -39,6 +39,9 @@ _NEAR = 1.15
 _MEMORY_TOLERANCE = 1.1
 """Of the estimate of memory: what is beyond it is not simulated."""
 _SEARCH_EFFORT = 300
+_MAY_KEEP = 0.5
+"""Of a rank's limit: where the estimate of memory is no more above it, recomputing nothing is
+simulated all the same, for the estimate knows no order."""
 
 
 def search_schedule(
@@ -86,6 +89,8 @@ class _Candidate:
     estimate_seconds: float
     split: Split | None = None
     """One that fits by the estimate of memory, once it is asked for."""
+    may_keep: bool = False
+    """Where it recomputes: without that it may fit, for all the estimate says."""
 
     @property
     def choice(self) -> Choice:
@@ -144,11 +149,12 @@ class _Search:
             if self.clock.left <= -self.clock.limit_seconds:
                 return
             if candidate.split is None:
-                split = self._fitting_split(candidate)
-                if split is not None:
-                    instance = candidate.instance
-                    seconds = max(seconds, step_ticks(instance, split) * instance.tick_seconds)
-                    heapq.heappush(heap, (seconds, number, replace(candidate, split=split)))
+                fitting = self._with_fitting_split(candidate)
+                if fitting is not None and fitting.split is not None:
+                    ticks = step_ticks(fitting.instance, fitting.split)
+                    if not fitting.may_keep:
+                        seconds = max(seconds, ticks * fitting.instance.tick_seconds)
+                    heapq.heappush(heap, (seconds, number, fitting))
                 continue
             num_simulated += 1
             for found in self._first_that_fits(candidate, candidate.split):
@@ -175,15 +181,18 @@ class _Search:
             for group_size in groups:
                 yield _Candidate(instance=instance, group_size=group_size, estimate_seconds=seconds)
 
-    def _fitting_split(self, candidate: _Candidate) -> Split | None:
+    def _with_fitting_split(self, candidate: _Candidate) -> _Candidate | None:
         """Balanced in time, or else in memory, with recompute on the ranks that need it; None if
         none fits by the memory model, with as many micro-batches as the schedule holds at once."""
         choice, misses = candidate.choice, []
         may_choose = self.problem.constraints.recompute is None
         for prefix in (candidate.instance.time, candidate.instance.kept):
             split = choice.split(balanced_split(prefix, choice.num_stages))
-            excess = self._excess(candidate, choice, split)
+            excess, may_keep = self._excess(candidate, choice, split), False
             if may_choose and max(excess) > 0:
+                limits = self.builder.mesh_of(choice).limit_bytes
+                pairs = zip(excess, limits, strict=True)
+                may_keep = all(more <= _MAY_KEEP * limit for more, limit in pairs)
                 again = self._excess(candidate, replace(choice, recompute=True), split)
                 flags = tuple(
                     excess[stage % choice.num_pipeline_ranks] > 0
@@ -192,7 +201,7 @@ class _Search:
                 split = replace(split, recompute=flags)
                 excess = [min(pair) for pair in zip(excess, again, strict=True)]
             if max(excess) <= 0:
-                return split
+                return replace(candidate, split=split, may_keep=may_keep)
             misses.append((max(excess), excess.index(max(excess))))
         self._note_miss(*min(misses), choice)
         return None
@@ -220,6 +229,17 @@ class _Search:
         memory as well."""
         limits = self.builder.mesh_of(candidate.choice).limit_bytes
         may_choose = self.problem.constraints.recompute is None
+        if candidate.may_keep:
+            nothing = replace(split, recompute=(False,) * len(split.recompute))
+            for placement in self._placements(candidate, nothing):
+                simulated = self.simulate(placement)
+                if simulated.fits(limits):
+                    yield _Found(
+                        candidate=candidate,
+                        placement=placement,
+                        step_seconds=simulated.step_seconds,
+                    )
+                    return
         for _ in range(_MAX_CORRECTIONS if may_choose else 1):
             for placement in self._placements(candidate, split):
                 simulated = self.simulate(placement)

@@ -282,9 +282,16 @@ class Prediction:
     peak_bytes: tuple[int, ...]
     """Per pipeline rank."""
     memory_limit_bytes: int
+    """Of the rank with the least."""
     provenance: str
     bound_seconds: float | None = None
     """No plan of the space that was searched takes less; None where nothing was searched."""
+    rank_limit_bytes: tuple[int, ...] = ()
+    """Per pipeline rank; empty where all have the same."""
+
+    def limit_of(self, rank: int) -> int:
+        """Bytes that a pipeline rank may hold."""
+        return self.rank_limit_bytes[rank] if self.rank_limit_bytes else self.memory_limit_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,11 @@ def _count_problems(plan: Plan) -> Iterator[str]:
         yield f"{len(plan.buffers)} tables of buffers for {plan.num_pipeline_ranks} ranks"
     if plan.world_size > plan.cluster.num_devices:
         yield f"{plan.world_size} ranks on a cluster of {plan.cluster.num_devices} devices"
+    if plan.prediction and len(plan.prediction.rank_limit_bytes) not in (
+        0,
+        plan.num_pipeline_ranks,
+    ):
+        yield f"{len(plan.prediction.rank_limit_bytes)} limits of {plan.num_pipeline_ranks} ranks"
     if plan.prediction and len(plan.prediction.peak_bytes) != plan.num_pipeline_ranks:
         yield f"{len(plan.prediction.peak_bytes)} peaks for {plan.num_pipeline_ranks} ranks"
 

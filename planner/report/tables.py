@@ -86,7 +86,6 @@ def placement_table(plan: Plan) -> Table:
 
 def memory_table(plan: Plan, simulation: Simulation) -> Table:
     """A row per pipeline rank: its worst moment by class, against the limit."""
-    limit = plan.prediction.memory_limit_bytes if plan.prediction else None
     names = (
         "weights", "gradients", "optimizer", "stored_inputs", "activations", "buffers", "transient"
     )  # fmt: skip
@@ -94,7 +93,8 @@ def memory_table(plan: Plan, simulation: Simulation) -> Table:
     title = "memory per device at its worst moment"
     table = plain_table(title, ["rank"], [*heads, "total", "limit"])
     for rank, moment in enumerate(simulation.memory):
-        share = "-" if not limit else f"{moment.total_bytes / limit:.1%}"
+        limit = plan.prediction.limit_of(rank) if plan.prediction else 0
+        share = f"{moment.total_bytes / limit:.1%}" if limit else "-"
         parts = [bytes_text(getattr(moment, name)) for name in names]
         table.add_row(str(rank), *parts, bytes_text(moment.total_bytes), share)
     return table

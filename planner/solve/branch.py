@@ -137,7 +137,42 @@ class Branches:
                 others.append(node)
         for node in others:
             self._push(node)
-        return list(found.values())
+        return [*found.values(), *self._simple()]
+
+    def _simple(self) -> list[Node]:
+        """The most promising nodes that keep off slow links: without a pipeline, and in one host.
+        The bounds do not count what pipelines send, so theirs may stay below all others'."""
+        room = max(host.num_devices for host in self.problem.cluster.hosts)
+
+        def is_alone(batching: Batching) -> bool:
+            return batching.num_pipeline_ranks == 1
+
+        def is_inside(batching: Batching) -> bool:
+            return math.prod(batching.mesh) <= room
+
+        found = []
+        for wanted in (is_alone, is_inside, lambda one: is_alone(one) and is_inside(one)):
+            if (node := self._first(wanted)) is not None:
+                self._take(node)
+                found.append(node)
+        return found
+
+    def _first(self, is_wanted: Callable[[Batching], bool]) -> Node | None:
+        """Of such nodes that wait, the one with the lowest bound, all bounds up to date."""
+        while True:
+            waiting = (node for _, _, node in self._heap if is_wanted(node.batching))
+            node = min(waiting, key=lambda one: one.bound_seconds, default=None)
+            if node is None or node.bound_seconds == math.inf or node.options is not None:
+                return None if node is None or node.bound_seconds == math.inf else node
+            if node.is_exact:
+                self._bound_options(node)
+            elif not self._refine(node):
+                self._take(node)
+
+    def _take(self, node: Node) -> None:
+        """It waits no longer."""
+        self._heap = [entry for entry in self._heap if entry[2] is not node]
+        heapq.heapify(self._heap)
 
     def _refine(self, node: Node) -> bool:
         """A better bound; false where the size cannot be traced."""

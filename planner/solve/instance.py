@@ -139,7 +139,7 @@ def stages_of(
     kinds = list(enumerate(instance.hop_kinds))[1:]
     rows = zip(
         forward,
-        nothing if instance.choice.recompute is False else map(mul, column("again"), again),
+        map(mul, column("again"), again),
         column("backward"),
         zero + [hop(instance.hops[kind], stage) for stage, kind in kinds],
         zero + [hop(instance.gradient_hops[kind], stage) for stage, kind in kinds],

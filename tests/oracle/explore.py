@@ -52,9 +52,11 @@ def _judge(plan: Plan, max_states: int, reduce: bool, seed: int) -> OracleResult
     if not complete:
         explorer.walk(random.Random(seed))
     faults = (*miscounted(facts), *explorer.faults)
-    limit = plan.prediction.memory_limit_bytes if plan.prediction else None
-    if limit is not None and max(explorer.peak) > limit:
-        faults += (Fault(kind="memory", message=f"{explorer.peak} exceed {limit} bytes"),)
+    if plan.prediction is not None:
+        least = plan.prediction.memory_limit_bytes
+        limits = plan.prediction.rank_limit_bytes or [least] * len(explorer.peak)
+        if any(peak > limit for peak, limit in zip(explorer.peak, limits, strict=True)):
+            faults += (Fault(kind="memory", message=f"{explorer.peak} exceed {limits} bytes"),)
     return OracleResult(
         faults=faults,
         peak_bytes=tuple(explorer.peak),
