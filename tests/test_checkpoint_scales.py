@@ -1,6 +1,6 @@
 """Checkpoints of mixed precision and of delayed clipping: masters, and the scales of both."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,25 @@ def plan(layout: str, options: PlanOptions) -> Plan:
     return plan_of(MODEL, options=options, **LAYOUTS[layout])
 
 
-def trained(made: Plan, first: int, last: int, executor: Executor) -> None:
+@cache
+def given(num_replicas: int) -> list[list[dict[str, Tensor]]]:
+    """Of each step, a batch for each replica. Drawn before the ranks' threads start."""
+    made = plan("partition 0" if num_replicas > 1 else "one process", DELAYED)
+    return [batches(made, MODEL, step) for step in range(LAST)]
+
+
+def batch_of(executor: Executor, step: int) -> dict[str, Tensor]:
+    return given(executor.plan.num_replicas)[step][executor.replica]
+
+
+def trained(first: int, last: int, executor: Executor) -> None:
     for step in range(first, last):
-        executor.step(batches(made, MODEL, step)[executor.replica])
+        executor.step(batch_of(executor, step))
 
 
 def state_after(made: Plan, function: Any) -> dict[str, Tensor]:
     """What `function` of every rank's executor leaves."""
+    given(made.num_replicas)
 
     def run(executor: Executor) -> dict[str, Tensor]:
         function(executor)
@@ -61,15 +73,15 @@ def test_another_plan_goes_on_bit_for_bit(
     name: str, first: str, second: str, tmp_path: Path
 ) -> None:
     one, other = plan(first, OPTIONS[name]), plan(second, OPTIONS[name])
-    whole = state_after(one, partial(trained, one, 0, LAST))
+    whole = state_after(one, partial(trained, 0, LAST))
 
     def begin(executor: Executor) -> None:
-        trained(one, 0, SAVED, executor)
+        trained(0, SAVED, executor)
         executor.save(tmp_path / "half")
 
     def go_on(executor: Executor) -> None:
         executor.load(tmp_path / "half")
-        trained(other, SAVED, LAST, executor)
+        trained(SAVED, LAST, executor)
 
     state_after(one, begin)
     found = state_after(other, go_on)
@@ -85,7 +97,7 @@ def test_masters_are_the_same_in_every_layout(first: str, second: str, tmp_path:
     scales = list[LossScale | None]()
 
     def begin(executor: Executor) -> None:
-        trained(one, 0, SAVED, executor)
+        trained(0, SAVED, executor)
         executor.save(tmp_path / "half")
         scales.append(executor.loss_scale)
 
@@ -94,7 +106,7 @@ def test_masters_are_the_same_in_every_layout(first: str, second: str, tmp_path:
     def go_on(executor: Executor) -> None:
         executor.load(tmp_path / "half")
         assert executor.loss_scale in scales
-        result = executor.evaluate(batches(other, MODEL, SAVED)[executor.replica])
+        result = executor.evaluate(batch_of(executor, SAVED))
         if result.losses and executor.replica == 0:
             losses[True] = list(result.losses)
 
@@ -106,7 +118,7 @@ def test_masters_are_the_same_in_every_layout(first: str, second: str, tmp_path:
     def compare(executor: Executor) -> None:
         """The copies to compute with are those of the masters."""
         executor.load_state_dict(saved)
-        result = executor.evaluate(batches(other, MODEL, SAVED)[executor.replica])
+        result = executor.evaluate(batch_of(executor, SAVED))
         if result.losses and executor.replica == 0:
             losses[False] = list(result.losses)
 
