@@ -96,11 +96,16 @@ def _mixed(problem: Problem) -> Problem:
     return dataclasses.replace(problem, graph_at=graph_at)
 
 
-def best_seconds(small: Small) -> float:
-    """Of the fastest placement that fits; infinite where none does."""
+def best_seconds(small: Small, *, modular: bool = False) -> float:
+    """Of the fastest placement that fits, or of those with stage s on rank s mod P alone; infinite
+    where none does."""
     limit = small.problem.memory_limit_bytes
     assert limit is not None
-    fitting = (s.step_seconds for s in small.simulated.values() if max(s.peak_bytes) <= limit)
+    fitting = (
+        simulated.step_seconds
+        for placement, simulated in small.simulated.items()
+        if max(simulated.peak_bytes) <= limit and (placement.is_modular or not modular)
+    )
     return min(fitting, default=math.inf)
 
 
