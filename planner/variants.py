@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from planner.errors import UsageError
+from planner.explain.alternating import hybrid_group_sizes
 from planner.explain.demands import meets
 from planner.layouts import Layout
 from planner.schedules import Schedule
@@ -91,6 +92,5 @@ def _orders(placement: Placement) -> Iterator[Placement]:
     else:
         if count % ranks == 0:
             yield replace(placement, schedule=Schedule.INTERLEAVED, group_size=0)
-        for size in dict.fromkeys((2 * ranks, -(-count // 2), count)):
-            if ranks < size <= count and not 0 < count % size < ranks:
-                yield replace(placement, schedule=Schedule.HYBRID, group_size=size)
+        for size in hybrid_group_sizes(ranks, count):
+            yield replace(placement, schedule=Schedule.HYBRID, group_size=size)

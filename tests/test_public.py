@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "planner.passages",
         "planner.schedules",
         "planner.storages",
+        "planner.words",
     ),
     ("planner.plan.code",),
     ("planner.graph",),

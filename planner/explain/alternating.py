@@ -22,7 +22,7 @@ from planner.solve.sizes import Sizes
 from planner.solve.splits import balanced_split, greedy_split, uniform_split, warm_start
 from planner.solve.types import Split
 
-__all__ = ["search_schedule"]
+__all__ = ["hybrid_group_sizes", "search_schedule"]
 
 _LOOPED = (Schedule.INTERLEAVED, Schedule.HYBRID)
 """Schedules for several stages per rank."""
@@ -231,25 +231,15 @@ class _Search:
         may_choose = self.problem.constraints.recompute is None
         if candidate.may_keep:
             nothing = replace(split, recompute=(False,) * len(split.recompute))
-            for placement in self._placements(candidate, nothing):
-                simulated = self.simulate(placement)
-                if simulated.fits(limits):
-                    yield _Found(
-                        candidate=candidate,
-                        placement=placement,
-                        step_seconds=simulated.step_seconds,
-                    )
-                    return
+            placement, simulated = self._leanest(candidate, nothing)
+            if simulated.fits(limits):
+                yield _found(candidate, placement, simulated)
+                return
         for _ in range(_MAX_CORRECTIONS if may_choose else 1):
-            for placement in self._placements(candidate, split):
-                simulated = self.simulate(placement)
-                if simulated.fits(limits):
-                    yield _Found(
-                        candidate=candidate,
-                        placement=placement,
-                        step_seconds=simulated.step_seconds,
-                    )
-                    return
+            placement, simulated = self._leanest(candidate, split)
+            if simulated.fits(limits):
+                yield _found(candidate, placement, simulated)
+                return
             excess = [peak - most for peak, most in zip(simulated.peak_bytes, limits, strict=True)]
             self._note_miss(max(excess), excess.index(max(excess)), candidate.choice)
             flags = tuple(
@@ -259,6 +249,15 @@ class _Search:
             if flags == split.recompute:
                 return
             split = replace(split, recompute=flags)
+
+    def _leanest(self, candidate: _Candidate, split: Split) -> tuple[Placement, Simulated]:
+        """The first number of buffers that fits, or the last."""
+        limits = self.builder.mesh_of(candidate.choice).limit_bytes
+        for placement in self._placements(candidate, split):
+            simulated = self.simulate(placement)
+            if simulated.fits(limits):
+                break
+        return placement, simulated
 
     def _placements(self, candidate: _Candidate, split: Split) -> Iterator[Placement]:
         """With buffers for all of a rank's stages, as alternating orders come back to each of them;
@@ -292,6 +291,10 @@ class _Search:
             self.nearest = excess, rank, choice.describe()
 
 
+def _found(candidate: _Candidate, placement: Placement, simulated: Simulated) -> _Found:
+    return _Found(candidate=candidate, placement=placement, step_seconds=simulated.step_seconds)
+
+
 def _other_splits(instance: Instance) -> Iterator[tuple[int, ...]]:
     """What a local search under the step-time model finds, where that is quick, and simple ones."""
     stages = instance.choice.num_stages
@@ -317,12 +320,13 @@ def _group_sizes(schedule: Schedule, choice: Choice) -> tuple[int, ...]:
         return ()
     if schedule is Schedule.INTERLEAVED:
         return () if count % ranks else (0,)
+    return hybrid_group_sizes(ranks, count)
+
+
+def hybrid_group_sizes(ranks: int, count: int) -> tuple[int, ...]:
+    """Micro-batches that pass through a stage together, which the hybrid schedule is tried with."""
     sizes = dict.fromkeys((2 * ranks, -(-count // 2), count))
-    return tuple(size for size in sizes if _can_group(size, ranks, count))
-
-
-def _can_group(size: int, ranks: int, count: int) -> bool:
-    return ranks < size <= count and not 0 < count % size < ranks
+    return tuple(size for size in sizes if ranks < size <= count and not 0 < count % size < ranks)
 
 
 def _num_held(schedule: Schedule, candidate: _Candidate, rank: int) -> float:

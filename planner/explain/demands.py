@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from planner.solve import Constraints, Placement
+from planner.words import counted
 
 __all__ = ["Describe", "batch_words", "device_words", "meets", "withdrawn"]
 
@@ -54,7 +55,7 @@ def device_words(placement: Placement) -> str:
 
 def batch_words(placement: Placement) -> str:
     """The samples of its step."""
-    return f"a global batch of {_counted(placement.global_batch_size, 'sample')}"
+    return f"a global batch of {counted(placement.global_batch_size, 'sample')}"
 
 
 def _recompute(placement: Placement) -> str:
@@ -62,7 +63,7 @@ def _recompute(placement: Placement) -> str:
         return "recompute nothing"
     if all(placement.recompute):
         return "recompute the activations"
-    return f"recompute the activations of {_counted(sum(placement.recompute), 'stage')}"
+    return f"recompute the activations of {counted(sum(placement.recompute), 'stage')}"
 
 
 def _partition(placement: Placement) -> str:
@@ -70,7 +71,7 @@ def _partition(placement: Placement) -> str:
 
 
 def _micro_batches(placement: Placement) -> str:
-    number = _counted(placement.num_micro_batches, "micro-batch", "es")
+    number = counted(placement.num_micro_batches, "micro-batch", "es")
     return f"{number} of {placement.micro_batch_size} per replica"
 
 
@@ -79,12 +80,12 @@ def _stages(placement: Placement) -> str:
         ranks = ", ".join(map(str, placement.stage_ranks))
         return f"{placement.num_stages} stages on ranks {ranks}"
     loops = placement.num_stages // placement.num_pipeline_ranks
-    return f"{_counted(loops, 'stage')} per rank"
+    return f"{counted(loops, 'stage')} per rank"
 
 
 def _mesh(placement: Placement) -> str:
-    replicas = _counted(placement.num_replicas, "replica")
-    return f"{replicas} x {_counted(placement.num_pipeline_ranks, 'pipeline rank')}"
+    replicas = counted(placement.num_replicas, "replica")
+    return f"{replicas} x {counted(placement.num_pipeline_ranks, 'pipeline rank')}"
 
 
 def _offload(placement: Placement) -> str:
@@ -97,7 +98,7 @@ def _schedule(placement: Placement) -> str:
 
 
 def _buffers(placement: Placement) -> str:
-    return f"pools of {_counted(placement.num_weight_buffers, 'buffer')}"
+    return f"pools of {counted(placement.num_weight_buffers, 'buffer')}"
 
 
 _DEMANDS: tuple[tuple[tuple[str, ...], Describe], ...] = (
@@ -113,7 +114,3 @@ _DEMANDS: tuple[tuple[tuple[str, ...], Describe], ...] = (
     (("schedule",), _schedule),
 )
 """Constraints that are withdrawn together, and what the plan found has instead."""
-
-
-def _counted(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number} {noun}{plural if number != 1 else ''}"

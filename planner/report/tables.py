@@ -14,6 +14,7 @@ from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, count_text, seconds_text
 from planner.simulate import Simulation
 from planner.solve.types import Candidate, Solution
+from planner.words import counted
 
 __all__ = [
     "candidate_table",
@@ -32,16 +33,16 @@ def plan_lines(plan: Plan) -> list[str]:
     """Model, cluster, mesh, batch and schedule, a line each."""
     elements = sum(parameter.num_elements for parameter in plan.parameters)
     return [
-        f"model     {plan.model_name}: {_counted(len(plan.layer_names), 'layer')}, "
+        f"model     {plan.model_name}: {counted(len(plan.layer_names), 'layer')}, "
         f"{count_text(elements)} parameters{_precision_words(plan)}",
         f"cluster   {plan.cluster.name}: {plan.cluster.provenance}",
-        f"mesh      {_counted(plan.num_replicas, 'replica')} x "
-        f"{_counted(plan.num_pipeline_ranks, 'pipeline rank')}, "
-        f"{_counted(plan.num_stages, 'stage')}{_layout_words(plan)}; {_state_words(plan)}",
-        f"batch     {_counted(plan.global_batch_size, 'sample')} = "
-        f"{_counted(plan.num_replicas, 'replica')} x "
-        f"{_counted(plan.num_micro_batches, 'micro-batch', 'es')} x "
-        f"{_counted(plan.micro_batch_size, 'sample')}",
+        f"mesh      {counted(plan.num_replicas, 'replica')} x "
+        f"{counted(plan.num_pipeline_ranks, 'pipeline rank')}, "
+        f"{counted(plan.num_stages, 'stage')}{_layout_words(plan)}; {_state_words(plan)}",
+        f"batch     {counted(plan.global_batch_size, 'sample')} = "
+        f"{counted(plan.num_replicas, 'replica')} x "
+        f"{counted(plan.num_micro_batches, 'micro-batch', 'es')} x "
+        f"{counted(plan.micro_batch_size, 'sample')}",
         f"schedule  {plan.schedule}",
     ]
 
@@ -224,10 +225,6 @@ def _promise(candidate: Candidate) -> tuple[bool, bool, float]:
     infeasible = candidate.verdict.startswith("infeasible")
     seconds = candidate.step_seconds or candidate.bound_seconds
     return infeasible, candidate.step_seconds is None, seconds
-
-
-def _counted(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 def _state_words(plan: Plan) -> str:

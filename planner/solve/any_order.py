@@ -18,7 +18,7 @@ import numpy as np
 from planner.solve.branch import Branches
 from planner.solve.build import Builder
 from planner.solve.entry import Clock
-from planner.solve.floor import second_pass_bytes
+from planner.solve.floor import traffic_seconds
 from planner.solve.floor_memory import Surroundings
 from planner.solve.problem import Problem
 from planner.solve.rates import LayerFloors, Rates
@@ -71,7 +71,7 @@ def _least_of_batching(
     whole = max(mean, crowded, through, chain)
     least = math.inf
     for partition in partitions:
-        start, end, reductions = _traffic(batching, around, partition)
+        start, end, reductions = traffic_seconds(batching, around, partition)
         updates = around.trainable_bytes * around.update_seconds
         updates = updates / (batching.num_replicas if partition else 1)
         last = end
@@ -92,23 +92,6 @@ def _fullest(floors: LayerFloors, ranks: int) -> float:
     """Of so many long layers some rank has its share, rounded up: its seconds per micro-batch."""
     shares = -(-np.arange(1, len(floors.falling) + 1) // ranks)
     return float((shares * floors.falling).max())
-
-
-def _traffic(
-    batching: Batching, around: Surroundings, partition: int
-) -> tuple[float, float, float]:
-    """Seconds before the first forward, after the last backward, and of a rank's reductions."""
-    if batching.num_replicas == 1:
-        return 0.0, 0.0, 0.0
-    weights, trained = float(around.weight_bytes[0]), float(around.trainable_bytes[0])
-    passes, each = (1 if partition == 3 else 2), around.pass_seconds
-    gathers = partition == 3 and weights
-    start = weights * around.byte_seconds + each if gathers else 0.0
-    again = second_pass_bytes(around, partition)
-    moved = trained + float(again[0])
-    end = moved * around.byte_seconds + passes * each if trained else 0.0
-    whole = float((around.trainable_bytes + again).sum()) * around.byte_seconds
-    return start, end, whole / batching.num_pipeline_ranks
 
 
 @dataclass(slots=True, kw_only=True)

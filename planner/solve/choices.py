@@ -13,6 +13,7 @@ from planner.errors import UsageError
 from planner.layouts import Grid, Layout
 from planner.solve.problem import Constraints, Problem
 from planner.solve.types import Split
+from planner.words import counted
 
 __all__ = [
     "Choice", "check_problem", "demands", "divisors", "mesh_groups", "stage_counts",
@@ -70,13 +71,13 @@ class Choice:
 
     def describe(self) -> str:
         """In words, for messages."""
-        stages = f"{_counted(self.stages_per_rank, 'stage')} per rank"
+        stages = f"{counted(self.stages_per_rank, 'stage')} per rank"
         if self.assignment:
             stages = f"{self.num_stages} stages on ranks {', '.join(map(str, self.assignment))}"
         return (
-            f"{_counted(self.num_replicas, 'replica')} x "
-            f"{_counted(self.num_pipeline_ranks, 'pipeline rank')}, {stages}, "
-            f"{_counted(self.num_micro_batches, 'micro-batch', 'es')} of {self.micro_batch_size}, "
+            f"{counted(self.num_replicas, 'replica')} x "
+            f"{counted(self.num_pipeline_ranks, 'pipeline rank')}, {stages}, "
+            f"{counted(self.num_micro_batches, 'micro-batch', 'es')} of {self.micro_batch_size}, "
             f"partition {self.partition}, {_RECOMPUTES[self.recompute]}"
             + (", state offloaded" if self.offload_state else "")
             + (", inputs offloaded" if self.offload_inputs else "")
@@ -84,10 +85,6 @@ class Choice:
 
 
 _RECOMPUTES = {False: "no recompute", True: "with recompute", None: "recompute per stage"}
-
-
-def _counted(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number} {noun}{plural if number != 1 else ''}"
 
 
 def check_problem(problem: Problem, num_layers: int) -> None:

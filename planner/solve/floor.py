@@ -18,7 +18,7 @@ from planner.solve.floor_ranks import Waits, fullest_seconds
 from planner.solve.rates import Floats, LayerFloors
 from planner.solve.space import Batching, Options
 
-__all__ = ["least_seconds", "quick_seconds", "rough_seconds", "second_pass_bytes"]
+__all__ = ["least_seconds", "quick_seconds", "rough_seconds", "traffic_seconds"]
 
 
 def rough_seconds(batching: Batching, floors: LayerFloors) -> float:
@@ -71,7 +71,7 @@ def _least_time(
     )
     shards = batching.num_replicas if partition else 1
     updates = around.trainable_bytes * around.update_seconds / shards
-    start, end, whole = _traffic(batching, around, partition)
+    start, end, whole = traffic_seconds(batching, around, partition)
     last = end
     if around.trainable_bytes[0]:
         last += max(float(updates[0]), around.least_update_seconds)
@@ -123,21 +123,21 @@ def _waits(floors: LayerFloors, ranks: int) -> tuple[Floats, Floats]:
     return prefix[:ranks], prefix[-1] - prefix[len(prefix) - ranks :]
 
 
-def _traffic(
+def traffic_seconds(
     batching: Batching, around: Surroundings, partition: int
 ) -> tuple[float, float, float]:
     """Seconds before the first forward, after the last backward, and of a rank's reductions."""
     weights, trained = float(around.weight_bytes[0]), float(around.trainable_bytes[0])
     passes, each = (1 if partition == 3 else 2), around.pass_seconds
     start = weights * around.byte_seconds + each if partition == 3 and weights else 0.0
-    again = second_pass_bytes(around, partition)
+    again = _second_pass_bytes(around, partition)
     moved = trained + float(again[0])
     end = moved * around.byte_seconds + passes * each if trained else 0.0
     whole = float((around.trainable_bytes + again).sum()) * around.byte_seconds
     return start, end, whole / batching.num_pipeline_ranks
 
 
-def second_pass_bytes(around: Surroundings, partition: int) -> Floats:
+def _second_pass_bytes(around: Surroundings, partition: int) -> Floats:
     """Bytes per layer that pass between replicas once its gradients have been summed in parts."""
     if partition == 3:
         return np.zeros_like(around.trainable_bytes)
@@ -157,7 +157,7 @@ def _moved_seconds(
     ranks, count = batching.num_pipeline_ranks, batching.num_micro_batches
     least = float(np.median(around.weight_bytes))
     heavy = around.weight_bytes >= least
-    trained = around.trainable_bytes + second_pass_bytes(around, options.partition)
+    trained = around.trainable_bytes + _second_pass_bytes(around, options.partition)
     light = ~heavy
     light[np.flatnonzero(heavy)[-1] :] = False
     ahead = count * float(floors.forward[light].sum())
