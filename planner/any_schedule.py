@@ -15,6 +15,7 @@ from planner.schedules import Schedule
 from planner.solve import Placement, Problem, Progress, Simulated, Solution, solve
 from planner.solve.any_order import any_order_seconds
 from planner.solve.entry import Clock
+from planner.solve.sizes import Sizes
 from planner.variants import improved
 
 __all__ = ["OTHER_SCHEDULES", "solve_any", "unbounded", "with_bound"]
@@ -24,11 +25,9 @@ OTHER_SCHEDULES = (
     Schedule.PLAIN,
     Schedule.GPIPE,
     Schedule.INTERLEAVED,
+    Schedule.ZERO_BUBBLE,
     Schedule.HYBRID,
 )
-"""Those with fewer plans to choose from come first: what they find spares the others work. ZB-H1
-must be demanded: it asks autograd for a part of the gradients at a time, and checkpointing that
-re-enters autograd, inside layers of the model, refuses that."""
 LAYERED_SHARE = 0.6
 """Of the time limit, for the layered search; the other schedules together have what it leaves."""
 VARIANTS_SHARE = 0.15
@@ -90,15 +89,19 @@ def with_bound(problem: Problem, solution: Solution, *, halves_backward: bool = 
     """The solution with the bound of every schedule, unless it is a layered plan with its own.
 
     With `halves_backward` the bound covers orders that divide backward, as ZB-H1's; it does so
-    anyway where the solution's is such an order.
+    anyway where ZB-H1 is demanded, or searched because no schedule is.
     """
+    demanded = problem.constraints.schedule
+    divides = demanded is Schedule.ZERO_BUBBLE or (
+        demanded is None and Schedule.ZERO_BUBBLE in _others(problem)
+    )
     placement = solution.placement
     is_modular = solution.modular_seconds is None
     if placement.schedule is Schedule.LAYERED and is_modular and solution.bound_seconds:
         return solution
     bound = any_order_seconds(
         problem,
-        halves_backward=halves_backward or placement.schedule is Schedule.ZERO_BUBBLE,
+        halves_backward=halves_backward or divides,
         profiled=(placement.micro_batch_size,),
     )
     return replace(solution, any_order_seconds=min(bound, solution.step_seconds))
@@ -136,23 +139,19 @@ def _asks_others(problem: Problem) -> bool:
     return not offloads and problem.num_devices <= MAX_DEVICES
 
 
+def _others(problem: Problem) -> tuple[Schedule, ...]:
+    """Those that are searched: ZB-H1 where the model surely lets it divide backward."""
+    sizes = Sizes(problem=problem, clock=Clock(limit_seconds=problem.time_limit_seconds))
+    may_divide = sizes.any_graph().divides_backward
+    return tuple(s for s in OTHER_SCHEDULES if may_divide or s is not Schedule.ZERO_BUBBLE)
+
+
 def _fastest(
     problem: Problem, simulate: Simulate, seconds: float, known_seconds: float | None = None
 ) -> tuple[Placement, float] | None:
-    """The fastest placement under any other schedule; None where none fits.
-
-    What a schedule leaves of its share of `seconds` goes to those behind it.
-    """
-    ends = time.monotonic() + seconds
-    best: tuple[Placement, float] | None = None
-    for number, schedule in enumerate(OTHER_SCHEDULES):
-        share = max(ends - time.monotonic(), 0.0) / (len(OTHER_SCHEDULES) - number)
-        asked = replace(problem, time_limit_seconds=share)
-        try:
-            found = search_schedule(asked, simulate, schedule, faster_than=known_seconds)
-        except (InfeasibleError, UsageError):  # it has no plan with the meshes demanded
-            continue
-        if best is None or found[1] < best[1]:
-            best = found
-        known_seconds = min(known_seconds or found[1], found[1])
-    return best
+    """The fastest placement under any other schedule; None where none fits."""
+    asked = replace(problem, time_limit_seconds=seconds)
+    try:
+        return search_schedule(asked, simulate, *_others(problem), faster_than=known_seconds)
+    except (InfeasibleError, UsageError):  # there is no plan with the meshes demanded
+        return None

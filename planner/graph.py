@@ -144,6 +144,9 @@ class LayerGraph:
     """Random operators in one whole forward."""
     buffer_bytes: int = 0
     """Of all buffers of the model's modules."""
+    divides_backward: bool = True
+    """Whether autograd can surely be asked for a part of the gradients at a time. Functions written
+    in Python may refuse: checkpointing that re-enters autograd does."""
     tensor_specs: Mapping[str, TensorSpec] = _looked_up()
     parameter_specs: Mapping[str, ParameterSpec] = _looked_up()
     makers: Mapping[str, int] = _looked_up()

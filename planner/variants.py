@@ -1,8 +1,8 @@
 """The fastest of a placement's neighbours, by simulation: what one change more would have given.
 
 Searches by family leave the winner as they found it. Here its order of compute, partition, buffers,
-recomputation and layout are changed one at a time, and the simulator says which change to keep.
-This module knows what may be changed. It does not know why a change helps.
+recomputation, layout and outermost stages are changed one at a time, and the simulator says which
+change to keep. This module knows what may be changed. It does not know why a change helps.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,10 +71,27 @@ def _neighbours(placement: Placement) -> Iterator[Placement]:
         if placement.num_pipeline_ranks > 1:
             for layout in Layout:
                 yield replace(placement, layout=layout)
+    if placement.num_pipeline_ranks == 1:
+        count = placement.num_stages
+        outermost = {stage for stage in (0, 1, count - 3, count - 2) if 0 <= stage < count - 1}
+        yield from (_merged(placement, stage) for stage in sorted(outermost))
     per_rank = -(-placement.num_stages // placement.num_pipeline_ranks)
     for number in sorted({1, 2, 3, per_rank}):
         if number <= per_rank:
             yield replace(placement, num_weight_buffers=number, num_gradient_buffers=number)
+
+
+def _merged(placement: Placement, stage: int) -> Placement:
+    """A stage and the next one as one: what begins or ends the step is best short, or best long."""
+    cuts, flags, after = placement.boundaries, placement.recompute, stage + 1
+    return replace(
+        placement,
+        boundaries=(*cuts[:after], *cuts[after + 1 :]),
+        stage_ranks=placement.stage_ranks[1:],
+        recompute=(*flags[:after], *flags[after + 1 :]),
+        num_weight_buffers=min(placement.num_weight_buffers, placement.num_stages - 1),
+        num_gradient_buffers=min(placement.num_gradient_buffers, placement.num_stages - 1),
+    )
 
 
 def _orders(placement: Placement) -> Iterator[Placement]:

@@ -99,6 +99,19 @@ def test_where_no_layered_plan_fits_another_may() -> None:
         solve_any(problem, simulator(problem))
 
 
+@pytest.mark.parametrize("divides", [True, False])
+def test_zero_bubble_is_searched_where_backward_can_be_divided(divides: bool) -> None:
+    """With one stage per rank nothing else drains the pipeline as fast."""
+    problem = question(10**9, stages_per_rank=1)
+    problem = replace(
+        problem, graph_at=lambda size: replace(graph_at(size), divides_backward=divides)
+    )
+    solution = solve_any(problem, simulator(problem))
+    assert (solution.placement.schedule is Schedule.ZERO_BUBBLE) is divides
+    bound = with_bound(problem, solution)
+    assert (bound.any_order_seconds or bound.bound_seconds) <= solution.step_seconds
+
+
 def test_offload_goes_with_the_layered_schedule_alone() -> None:
     problem = question(10**9, schedule=Schedule.GPIPE)
     demanded = Constraints(schedule=Schedule.GPIPE, offload_state=True)

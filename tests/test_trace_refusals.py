@@ -152,6 +152,13 @@ def test_checkpointing_between_layers_is_left_to_the_plan(use_reentrant: bool) -
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+def test_backward_that_cannot_be_divided_is_known(use_reentrant: bool) -> None:
+    layer = functools.partial(Checkpointed, use_reentrant=use_reentrant)
+    traced = trace(model_file(lambda: nn.Sequential(nn.Linear(4, 4), layer())))
+    assert traced.layer_graph(2).divides_backward is not use_reentrant
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
 def test_statistics_that_a_checkpoint_would_move_twice_are_refused(use_reentrant: bool) -> None:
     class Normalised(nn.Module):
         def __init__(self) -> None:

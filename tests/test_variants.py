@@ -13,7 +13,7 @@ from planner.solve.choices import Choice
 from planner.solve.entry import Clock
 from planner.solve.instance import step_ticks
 from planner.solve.types import Split
-from planner.variants import improved
+from planner.variants import MAX_ROUNDS, improved
 
 POOR = Placement(
     num_replicas=1, num_pipeline_ranks=2, boundaries=(0, 2, 4, 6, 8), stage_ranks=(0, 1, 0, 1),
@@ -89,3 +89,23 @@ def test_the_step_time_model_counts_what_a_split_recomputes() -> None:
     assert step_ticks(none, Split(boundaries=POOR.boundaries, recompute=(True,) * 4)) > step_ticks(
         none, Split(boundaries=POOR.boundaries, recompute=(False,) * 4)
     )
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 8])
+def test_outermost_stages_of_one_rank_are_merged(num_stages: int) -> None:
+    """A slow device pays for every instruction, so that fewer stages are faster."""
+    problem = question(10**9)
+    host = problem.cluster.hosts[0]
+    slow = replace(host, device=replace(host.device, instruction_overhead_seconds=0.5))
+    problem = replace(
+        problem,
+        cluster=replace(problem.cluster, hosts=(slow,)),
+        constraints=replace(problem.constraints, num_pipeline_ranks=1),
+    )
+    start = replace(
+        POOR, num_pipeline_ranks=1, boundaries=(*range(num_stages), 8),
+        stage_ranks=(0,) * num_stages, recompute=(False,) * num_stages,
+        schedule=Schedule.LAYERED, group_size=0,
+    )  # fmt: skip
+    found = best_of(problem, start)
+    assert found.num_stages == max(1, num_stages - MAX_ROUNDS)

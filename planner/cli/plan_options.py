@@ -122,12 +122,7 @@ _PLACEMENT = (
     ),
     click.option(
         "--schedule",
-        type=click.Choice(
-            [
-                "any",
-                *map(str, (Schedule.LAYERED, *OTHER_SCHEDULES, Schedule.ZERO_BUBBLE, *OrderSearch)),
-            ]
-        ),
+        type=click.Choice(["any", *map(str, (Schedule.LAYERED, *OTHER_SCHEDULES, *OrderSearch))]),
         default="any",
         show_default=True,
         help="Order of compute; any: the fastest of them; best: orders of no family too, by a "

@@ -70,7 +70,7 @@ def _layered(
     problem: Problem, simulate: Callable[[Placement], Simulated], clock: Clock
 ) -> Placement | None:
     sizes, builder = Sizes(problem=problem, clock=clock), Builder(problem=problem)
-    num_layers = sizes.count_layers()
+    num_layers = len(sizes.any_graph().layers)
     check_problem(problem, num_layers)
     groups = mesh_groups(problem, num_layers, accepts=sizes.accepts)
     tried = 0

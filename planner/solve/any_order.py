@@ -110,7 +110,7 @@ class _Search:
         self.rates = Rates(problem=self.problem)
         self.branches = Branches(
             problem=self.problem,
-            num_layers=self.sizes.count_layers(),
+            num_layers=len(self.sizes.any_graph().layers),
             sizes=self.sizes,
             builder=Builder(problem=self.problem),
             rates=self.rates,

@@ -22,9 +22,12 @@ from planner.solve.tables import Cuts, Table, least
 from planner.solve.types import Split
 
 __all__ = [
-    "Cuts", "Instance", "RankTables", "overflow_units", "rank_units", "rank_units_of_many",
-    "stage_ticks", "stages_of", "step_ticks", "step_ticks_of_many",
+    "Cuts", "Flags", "Instance", "RankTables", "overflow_units", "rank_units",
+    "rank_units_of_many", "stage_ticks", "stages_of", "stages_of_many", "step_ticks",
+    "step_ticks_of_many",
 ]  # fmt: skip
+
+Flags = NDArray[np.bool_]
 
 FEW_STAGES = 24
 """Up to so many, numbers one by one are faster than arrays."""
@@ -173,8 +176,15 @@ def step_ticks(instance: Instance, split: Split) -> int:
     return ticks
 
 
-def step_ticks_of_many(instance: Instance, cuts: Cuts, recompute: NDArray[np.bool_]) -> Cuts:
+def step_ticks_of_many(instance: Instance, cuts: Cuts, recompute: Flags) -> Cuts:
     """The same for many splits, a row of boundaries and one of flags each."""
+    found = step_time(stages_of_many(instance, cuts, recompute), instance.pace, _latest_of_many)
+    many: Cuts = np.broadcast_to(found, len(cuts))
+    return many
+
+
+def stages_of_many(instance: Instance, cuts: Cuts, recompute: Flags) -> list[StageTicks]:
+    """What each stage takes in each of many splits."""
 
     def column(name: str) -> list[Cuts]:
         found = [getattr(kind, name).of_all(cuts) for kind in instance.kinds]
@@ -184,10 +194,7 @@ def step_ticks_of_many(instance: Instance, cuts: Cuts, recompute: NDArray[np.boo
     def hop(table: Sequence[int], stage: int) -> Cuts:
         return np.array(table, dtype=np.int64)[cuts[:, stage]]
 
-    stages = stages_of(instance, column, list(recompute.T), hop, np.maximum)
-    found = step_time(stages, instance.pace, _latest_of_many)
-    many: Cuts = np.broadcast_to(found, len(cuts))
-    return many
+    return stages_of(instance, column, list(recompute.T), hop, np.maximum)
 
 
 def _latest_of_many(*moments: Ticks) -> Ticks:
@@ -215,7 +222,7 @@ def rank_units(instance: Instance, split: Split) -> list[int]:
     return [fixed + peak for fixed, peak in zip(instance.fixed_units, found, strict=True)]
 
 
-def rank_units_of_many(instance: Instance, cuts: Cuts, recompute: NDArray[np.bool_]) -> Cuts:
+def rank_units_of_many(instance: Instance, cuts: Cuts, recompute: Flags) -> Cuts:
     """The same for many splits: a row of ranks for each."""
     pace, known = instance.pace, dict[int, Cuts]()
     # All ranks at once where they have as many stages each, else one after the other.

@@ -66,7 +66,7 @@ def solve(
     """
     clock = Clock(limit_seconds=problem.time_limit_seconds)
     sizes = Sizes(problem=problem, clock=clock)
-    num_layers = sizes.count_layers()
+    num_layers = len(sizes.any_graph().layers)
     check_problem(problem, num_layers)
     space = batchings(problem, num_layers)
     search = _Search(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from planner.errors import TraceError
+from planner.graph import LayerGraph
 from planner.solve.choices import Choice, divisors
 from planner.solve.entry import Clock
 from planner.solve.problem import Problem
@@ -55,17 +56,17 @@ class Sizes:
             return error
         return None
 
-    def count_layers(self) -> int:
-        """Layers of the model, from the smallest size that any mesh could use.
+    def any_graph(self) -> LayerGraph:
+        """The model at the demanded size, or else at the smallest one that any mesh could use.
 
         Raises TraceError if no size can be traced.
         """
         demanded = self.problem.constraints.micro_batch_size
         if demanded is not None:
-            return len(self.problem.graph_at(demanded or 1).layers)
+            return self.problem.graph_at(demanded)
         for size in in_order(divisors(self.problem.global_batch_size)) or [1]:
             if self.accepts(size):
-                return len(self.problem.graph_at(size).layers)
+                return self.problem.graph_at(size)
         self.raise_if_all_refused()
         raise AssertionError
 

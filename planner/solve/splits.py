@@ -6,13 +6,14 @@ the Instance alone.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planner.solve.instance import (
     Cuts,
+    Flags,
     Instance,
     overflow_units,
     rank_units_of_many,
@@ -22,11 +23,11 @@ from planner.solve.recompute import choose_recompute
 from planner.solve.types import Split
 
 __all__ = [
-    "balanced_split", "fits", "greedy_split", "improve", "largest_stage", "uniform_split",
-    "warm_start",
+    "Key", "arrays", "balanced_split", "balanced_stages", "fits", "greedy_split", "improve",
+    "keys_of_figures", "largest_stage", "neighbours", "uniform_split", "warm_start",
 ]  # fmt: skip
 
-Flags = NDArray[np.bool_]
+Key = tuple[float, ...]
 
 # Moves over a distance need one boundary list per pair of stages: only where that is few.
 MAX_STAGES_FOR_DISTANT_MOVES = 24
@@ -57,7 +58,19 @@ def greedy_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
 def balanced_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
     """A split whose largest stage is as small as any split's: the least size is found by halving,
     and stages are filled up to it, leaving a layer to each that follows."""
-    return _filled(prefix, num_stages, largest_stage(prefix, num_stages))
+    return _filled((prefix,) * num_stages, largest_stage(prefix, num_stages))
+
+
+def balanced_stages(prefixes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The same where each stage has its own sizes of the layers, as on unlike devices."""
+    low, high = 0, max(prefix[-1] for prefix in prefixes)
+    while low < high:
+        middle = (low + high) // 2
+        if _filled(prefixes, middle)[-1] == len(prefixes[0]) - 1:
+            high = middle
+        else:
+            low = middle + 1
+    return _filled(prefixes, high)
 
 
 def largest_stage(prefix: tuple[int, ...], num_stages: int) -> int:
@@ -67,17 +80,17 @@ def largest_stage(prefix: tuple[int, ...], num_stages: int) -> int:
     high = prefix[-1]
     while low < high:
         middle = (low + high) // 2
-        if _filled(prefix, num_stages, middle)[-1] == num_layers:
+        if _filled((prefix,) * num_stages, middle)[-1] == num_layers:
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _filled(prefix: tuple[int, ...], num_stages: int, most: int) -> tuple[int, ...]:
+def _filled(prefixes: Sequence[tuple[int, ...]], most: int) -> tuple[int, ...]:
     """Stages of at most this size; the last boundary is short of the end where that is too few."""
-    num_layers, boundaries = len(prefix) - 1, [0]
-    for left in reversed(range(num_stages)):
+    num_layers, boundaries = len(prefixes[0]) - 1, [0]
+    for left, prefix in zip(reversed(range(len(prefixes))), prefixes, strict=True):
         first = boundaries[-1]
         end = bisect_right(prefix, prefix[first] + most, first + 1, num_layers + 1) - 1
         boundaries.append(max(first + 1, min(end, num_layers - left)))
@@ -89,48 +102,55 @@ def fits(instance: Instance, split: Split) -> bool:
     return overflow_units(instance, split) == (0, 0)
 
 
-def improve(instance: Instance, split: Split, max_evaluations: int) -> Split:
+def improve(
+    instance: Instance,
+    split: Split,
+    max_evaluations: int,
+    keys_of: Callable[[Cuts, Flags], list[Key]] | None = None,
+) -> Split:
     """Local search: shift a boundary, move a layer between distant stages, or change one stage's
-    recompute where that is open. Every round takes the best of all neighbours, by excess memory,
-    then step time, then imbalance."""
+    recompute where that is open. Every round takes the best of all neighbours by `keys_of`: by
+    excess memory, then step time, then imbalance, unless something else is given."""
     if len(split.recompute) > MAX_STAGES_TO_IMPROVE:
         return split
-    best, best_key = split, _keys(instance, *_arrays([split]))[0]
+    keys_of = keys_of or partial(_keys_in, instance)
+    best, best_key = split, keys_of(*arrays([split]))[0]
     num_evaluations = 0
     while num_evaluations < max_evaluations:
-        neighbours = _neighbours(instance, best)
-        if not neighbours:
+        others = neighbours(instance, best)
+        if not others:
             break
-        keys = _keys(instance, *_arrays(neighbours))
-        num_evaluations += len(neighbours)
-        first = min(range(len(neighbours)), key=keys.__getitem__)
+        keys = keys_of(*arrays(others))
+        num_evaluations += len(others)
+        first = min(range(len(others)), key=keys.__getitem__)
         if keys[first] >= best_key:
             break
-        best, best_key = neighbours[first], keys[first]
+        best, best_key = others[first], keys[first]
     return best
 
 
-def _arrays(splits: Sequence[Split]) -> tuple[Cuts, Flags]:
+def arrays(splits: Sequence[Split]) -> tuple[Cuts, Flags]:
+    """Boundaries and flags of splits, a row each."""
     cuts = np.array([split.boundaries for split in splits], dtype=np.int64)
     return cuts, np.array([split.recompute for split in splits], dtype=np.bool_)
 
 
-def _keys(instance: Instance, cuts: Cuts, recompute: Flags) -> list[tuple[int, ...]]:
-    """What the local search makes smaller, of each split."""
-    limits = np.array(instance.limit_units)
-    excess = np.maximum(0, rank_units_of_many(instance, cuts, recompute) - limits)
+def _keys_in(instance: Instance, cuts: Cuts, recompute: Flags) -> list[Key]:
+    """What the local search makes smaller, of each split, under the layered order."""
+    units = rank_units_of_many(instance, cuts, recompute)
+    return keys_of_figures(instance, cuts, units, step_ticks_of_many(instance, cuts, recompute))
+
+
+def keys_of_figures(instance: Instance, cuts: Cuts, units: Cuts, ticks: Cuts) -> list[Key]:
+    """The same from the units of memory of each split's ranks, and from its time."""
+    excess = np.maximum(0, units - np.array(instance.limit_units))
     time = np.array(instance.time, dtype=np.float64)
     imbalance = (np.diff(time[cuts], axis=1) ** 2).sum(axis=1)
-    columns = (
-        excess.max(axis=1),
-        excess.sum(axis=1),
-        step_ticks_of_many(instance, cuts, recompute),
-        imbalance,
-    )
+    columns = (excess.max(axis=1), excess.sum(axis=1), ticks, imbalance)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _neighbours(instance: Instance, split: Split) -> list[Split]:
+def neighbours(instance: Instance, split: Split) -> list[Split]:
     """Valid splits with one boundary, or a run of boundaries, shifted by a layer or two, or one
     stage's recompute changed."""
     boundaries, found = split.boundaries, []
@@ -171,5 +191,5 @@ def warm_start(instance: Instance, max_evaluations: int = 1500) -> Split:
 
 
 def _best(instance: Instance, splits: Sequence[Split]) -> Split:
-    keys = _keys(instance, *_arrays(splits))
+    keys = _keys_in(instance, *arrays(splits))
     return splits[min(range(len(splits)), key=keys.__getitem__)]

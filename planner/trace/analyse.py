@@ -58,6 +58,8 @@ class Analysis:
     trained: frozenset[int]
     """id() of the parameters that a gradient reaches."""
     loss_keys: tuple[str, ...]
+    divides_backward: bool
+    """Whether no autograd function written in Python is below the loss."""
 
 
 class _Observer(TorchDispatchMode):
@@ -154,13 +156,16 @@ def analyse(statements: Sequence[Statement], context: Context) -> Analysis:
             values[statement.target] = drafts[-1].value
     check_loss(values["loss"], context.model)
     nodes, trained = _reached(values["loss"])
-    if any(isinstance(node, BackwardCFunction) for node in nodes):
+    divides_backward = not any(isinstance(node, BackwardCFunction) for node in nodes)
+    if not divides_backward:
         trained |= _reached_inside(values["loss"], context.model)
     facts = tuple(
         _facts(statement, draft, nodes) for statement, draft in zip(statements, drafts, strict=True)
     )
     loss_keys = tuple(key for key in context.batch if key in watched.read)
-    return Analysis(facts=facts, trained=trained, loss_keys=loss_keys)
+    return Analysis(
+        facts=facts, trained=trained, loss_keys=loss_keys, divides_backward=divides_backward
+    )
 
 
 def _run(

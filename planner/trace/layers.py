@@ -67,6 +67,7 @@ def build_layer_graph(
         parameters=tuple(parameters.values()),
         num_random_operators=sum(facts.num_random_operators for facts in analysis.facts),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        divides_backward=analysis.divides_backward,
     )
 
 
