@@ -91,14 +91,14 @@ def with_bound(problem: Problem, solution: Solution, *, halves_backward: bool = 
     With `halves_backward` the bound covers orders that divide backward, as ZB-H1's; it does so
     anyway where ZB-H1 is demanded, or searched because no schedule is.
     """
-    demanded = problem.constraints.schedule
-    divides = demanded is Schedule.ZERO_BUBBLE or (
-        demanded is None and Schedule.ZERO_BUBBLE in _others(problem)
-    )
     placement = solution.placement
     is_modular = solution.modular_seconds is None
     if placement.schedule is Schedule.LAYERED and is_modular and solution.bound_seconds:
         return solution
+    demanded = problem.constraints.schedule
+    divides = demanded is Schedule.ZERO_BUBBLE or (
+        demanded is None and Schedule.ZERO_BUBBLE in _others(problem)
+    )
     bound = any_order_seconds(
         problem,
         halves_backward=halves_backward or divides,

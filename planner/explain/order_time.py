@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.plan.types import Opcode
 from planner.schedule import Order
-from planner.solve.instance import Cuts, Flags, Instance, stages_of_many
+from planner.solve.instance import Cuts, Flags, Instance, latest_of_many, stages_of_many
 from planner.solve.step_parts import Pace, StageTicks, Ticks
 
 __all__ = ["OrderTime"]
@@ -88,9 +88,11 @@ class OrderTime:
             done.append(free[rank])
             if not is_forward:
                 returned[stage] = free[rank]
-        found = _latest([_updated(stages, own, returned) for own in pace.own])
+        found = latest_of_many(*(_updated(stages, own, returned) for own in pace.own))
         if self._num_more:
-            found = found + self._num_more * _latest([_turn(stages, own) for own in pace.own])
+            found = found + self._num_more * latest_of_many(
+                *(_turn(stages, own) for own in pace.own)
+            )
         return found
 
 
@@ -117,14 +119,7 @@ def _turn(stages: Sequence[StageTicks], own: Sequence[int]) -> Ticks:
     """One micro-batch through all of a rank's stages and back, or over its links."""
     work = sum(stages[s].forward + stages[s].rebuild + stages[s].backward for s in own)
     sent = [sum(stages[s].arrival for s in own), sum(stages[s].gradient_arrival for s in own)]
-    return _latest([work, *sent])
-
-
-def _latest(moments: Sequence[Ticks]) -> Ticks:
-    found = moments[0]
-    for moment in moments[1:]:
-        found = np.maximum(found, moment)
-    return found
+    return latest_of_many(work, *sent)
 
 
 def _in_sequence(order: Order, num_stages: int) -> list[_Step]:

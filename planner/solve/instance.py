@@ -22,7 +22,7 @@ from planner.solve.tables import Cuts, Table, least
 from planner.solve.types import Split
 
 __all__ = [
-    "Cuts", "Flags", "Instance", "RankTables", "overflow_units", "rank_units",
+    "Cuts", "Flags", "Instance", "RankTables", "latest_of_many", "overflow_units", "rank_units",
     "rank_units_of_many", "stage_ticks", "stages_of", "stages_of_many", "step_ticks",
     "step_ticks_of_many",
 ]  # fmt: skip
@@ -178,7 +178,7 @@ def step_ticks(instance: Instance, split: Split) -> int:
 
 def step_ticks_of_many(instance: Instance, cuts: Cuts, recompute: Flags) -> Cuts:
     """The same for many splits, a row of boundaries and one of flags each."""
-    found = step_time(stages_of_many(instance, cuts, recompute), instance.pace, _latest_of_many)
+    found = step_time(stages_of_many(instance, cuts, recompute), instance.pace, latest_of_many)
     many: Cuts = np.broadcast_to(found, len(cuts))
     return many
 
@@ -197,7 +197,8 @@ def stages_of_many(instance: Instance, cuts: Cuts, recompute: Flags) -> list[Sta
     return stages_of(instance, column, list(recompute.T), hop, np.maximum)
 
 
-def _latest_of_many(*moments: Ticks) -> Ticks:
+def latest_of_many(*moments: Ticks) -> Ticks:
+    """The latest of some moments, in each of many splits."""
     latest = moments[0]
     for moment in moments[1:]:
         latest = np.maximum(latest, moment)
@@ -242,7 +243,7 @@ def rank_units_of_many(instance: Instance, cuts: Cuts, recompute: Flags) -> Cuts
         plain, again = (read(table, place) for table in tables)
         return np.where(recompute[:, places[place]], again, plain)
 
-    found = peaks(instance.memory, ranks, read, either, _latest_of_many)
+    found = peaks(instance.memory, ranks, read, either, latest_of_many)
     units: Cuts = np.concatenate(found, axis=1) + np.array(instance.fixed_units)
     return units
 

@@ -63,24 +63,21 @@ def balanced_split(prefix: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
 
 def balanced_stages(prefixes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The same where each stage has its own sizes of the layers, as on unlike devices."""
-    low, high = 0, max(prefix[-1] for prefix in prefixes)
-    while low < high:
-        middle = (low + high) // 2
-        if _filled(prefixes, middle)[-1] == len(prefixes[0]) - 1:
-            high = middle
-        else:
-            low = middle + 1
-    return _filled(prefixes, high)
+    return _filled(prefixes, _least_size(prefixes, 0))
 
 
 def largest_stage(prefix: tuple[int, ...], num_stages: int) -> int:
     """The least size that the largest stage of a split can have."""
-    num_layers = len(prefix) - 1
     low = max(max(b - a for a, b in itertools.pairwise(prefix)), -(-prefix[-1] // num_stages))
-    high = prefix[-1]
+    return _least_size((prefix,) * num_stages, low)
+
+
+def _least_size(prefixes: Sequence[tuple[int, ...]], low: int) -> int:
+    """The same where each stage has its own sizes; it is no less than `low`."""
+    num_layers, high = len(prefixes[0]) - 1, max(prefix[-1] for prefix in prefixes)
     while low < high:
         middle = (low + high) // 2
-        if _filled((prefix,) * num_stages, middle)[-1] == num_layers:
+        if _filled(prefixes, middle)[-1] == num_layers:
             high = middle
         else:
             low = middle + 1
