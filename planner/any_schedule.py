@@ -5,12 +5,13 @@ what orders that hold fewer can keep. This module knows which schedules are aske
 It does not know how a placement is found under any of them.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from planner.errors import InfeasibleError, UsageError
-from planner.explain.alternating import search_schedule
+from planner.explain.alternating import ScheduleSearch, search_schedule
 from planner.schedules import Schedule
 from planner.solve import Placement, Problem, Progress, Simulated, Solution, solve
 from planner.solve.any_order import any_order_seconds
@@ -28,8 +29,14 @@ OTHER_SCHEDULES = (
     Schedule.ZERO_BUBBLE,
     Schedule.HYBRID,
 )
+FIRST_SHARE = 0.2
+"""Of the time limit, for a first look at the other schedules."""
 LAYERED_SHARE = 0.6
-"""Of the time limit, for the layered search; the other schedules together have what it leaves."""
+"""Of it, for the layered search at most; the other schedules together have what is left."""
+MOVES_SHARE = 0.12
+"""Of it, for single moves of the fastest of the others."""
+MAY_LEAD = 1.1
+"""What is so much slower than the layered plan may still become faster by single moves."""
 VARIANTS_SHARE = 0.15
 """Of the time limit, for single changes of the winner."""
 MAX_DEVICES = 256
@@ -56,21 +63,28 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
     if not _asks_others(problem):
         return solve(problem, simulate, progress)
     limit = problem.time_limit_seconds
-    layered = replace(problem, time_limit_seconds=LAYERED_SHARE * limit)
+    others = ScheduleSearch(problem=problem, simulate=simulate, schedules=_others(problem))
     try:
-        solution = solve(layered, simulate, progress)
+        _advance(others, FIRST_SHARE * limit)
+        rival = math.inf if others.best is None else others.best[1]
+        layered = replace(problem, time_limit_seconds=LAYERED_SHARE * limit)
+        solution = solve(layered, simulate, progress, rival_seconds=rival)
     except InfeasibleError:
-        found = _fastest(problem, simulate, (1 - LAYERED_SHARE) * limit)
+        found = _fastest(others, (1 - FIRST_SHARE - LAYERED_SHARE) * limit, limit)
         if found is None:
             raise
         clock = Clock(limit_seconds=VARIANTS_SHARE * limit)
         found = improved(problem, simulate, *found, clock)
         return unbounded(*found, time.monotonic() - started)
+    except KeyboardInterrupt:
+        if others.best is None:
+            raise
+        found_so_far = unbounded(*others.best, time.monotonic() - started)
+        return replace(found_so_far, is_interrupted=True)
     if solution.is_interrupted:
         return solution
     known = solution.step_seconds
-    left = max(limit - solution.solve_seconds, (1 - LAYERED_SHARE) * limit)
-    found = _fastest(problem, simulate, left, known)
+    found = _fastest(others, (1 - FIRST_SHARE) * limit - solution.solve_seconds, limit, known)
     if found is None or found[1] >= known:
         found = solution.placement, known
     clock = Clock(limit_seconds=VARIANTS_SHARE * limit)
@@ -147,11 +161,20 @@ def _others(problem: Problem) -> tuple[Schedule, ...]:
 
 
 def _fastest(
-    problem: Problem, simulate: Simulate, seconds: float, known_seconds: float | None = None
+    others: ScheduleSearch, seconds: float, limit_seconds: float, known_seconds: float = math.inf
 ) -> tuple[Placement, float] | None:
-    """The fastest placement under any other schedule; None where none fits."""
-    asked = replace(problem, time_limit_seconds=seconds)
+    """The fastest placement under any other schedule after so many seconds more, or a share of the
+    limit where that is more; None where none fits."""
+    clock = Clock(limit_seconds=max(seconds, (1 - LAYERED_SHARE - FIRST_SHARE) * limit_seconds))
+    _advance(others, clock.limit_seconds - MOVES_SHARE * limit_seconds, known_seconds)
+    if others.best is not None and others.best[1] < known_seconds * MAY_LEAD:
+        others.improve(clock.left)
+    return others.best
+
+
+def _advance(others: ScheduleSearch, seconds: float, known_seconds: float = math.inf) -> None:
+    """Nothing is found where no plan has the meshes demanded."""
     try:
-        return search_schedule(asked, simulate, *_others(problem), faster_than=known_seconds)
-    except (InfeasibleError, UsageError):  # there is no plan with the meshes demanded
-        return None
+        others.advance(seconds, faster_than=known_seconds)
+    except (InfeasibleError, UsageError):
+        return

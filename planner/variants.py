@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from planner.errors import UsageError
-from planner.explain.alternating import hybrid_group_sizes
+from planner.explain.candidates import hybrid_group_sizes
 from planner.explain.demands import meets
 from planner.layouts import Layout
 from planner.schedules import Schedule
@@ -22,7 +22,7 @@ __all__ = ["improved"]
 MAX_ROUNDS = 3
 WORTH = 1 - 1e-6
 """What gains less is no change for the better."""
-_SINGLE = (Schedule.GPIPE, Schedule.ONE_F_ONE_B)
+_SINGLE = (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.ZERO_BUBBLE)
 """Of one stage per rank."""
 
 
@@ -43,7 +43,7 @@ def improved(
     for _ in range(MAX_ROUNDS):
         start = best
         for other in _neighbours(start[0]):
-            if other in tried or not meets(problem.constraints, other):
+            if other in tried or not _may_be(problem, other):
                 continue
             if clock.left <= 0:
                 return best
@@ -58,6 +58,13 @@ def improved(
         if best is start:
             break
     return best
+
+
+def _may_be(problem: Problem, placement: Placement) -> bool:
+    """Whether it meets the demands, and does not divide what may not be."""
+    divides = placement.schedule is Schedule.ZERO_BUBBLE
+    may_divide = problem.graph_at(placement.micro_batch_size).divides_backward
+    return (may_divide or not divides) and meets(problem.constraints, placement)
 
 
 def _neighbours(placement: Placement) -> Iterator[Placement]:

@@ -54,6 +54,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("planner.host_memory",),
     ("planner.explain.order_time", "planner.explain.demands", "planner.explain.types"),
     ("planner.explain.order_model",),
+    ("planner.explain.candidates",),
     ("planner.explain.alternating",),
     ("planner.variants",),
     ("planner.any_schedule",),

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.explain.order_time import OrderTime
-from planner.schedule import order_of
+from planner.explain.order_time import OrderTime, steps_of
+from planner.layouts import Layout
 from planner.schedules import Schedule
 from planner.solve import Placement
 from planner.solve.build import Builder
@@ -89,11 +90,24 @@ class OrderModel:
         pairs = zip(units, self.instance.limit_units, strict=True)
         return [round((used - most) * self.instance.unit_bytes) for used, most in pairs]
 
-    def simple_split(self, *others: Split) -> Split:
-        """The best of some simple splits and of others. It may not fit."""
+    def quick_seconds(self) -> float:
+        """As `quick_seconds`, and what memory makes a balanced split recompute, which better splits
+        deal out to all ranks."""
+        cuts = balanced_stages(_work_before(self.instance, again=False))
+        split = choose_recompute(self.instance, cuts, self._units_of_many)
+        kept = replace(split, recompute=(False,) * len(split.recompute))
+        again = sum(stage.rebuild for stage in stage_ticks(self.instance, split))
+        turn = again * self.instance.tick_seconds / self.choice.num_pipeline_ranks
+        seconds: float = _seconds_without_order(self.instance, self.schedule, kept)
+        return seconds + float(self.choice.num_micro_batches * turn)
+
+    def simple_split(self, *others: Split) -> tuple[Split, float]:
+        """The best of some simple splits and of others, and its estimated step. It may not fit."""
         starts = [*others, *self._starts()]
         keys = self._keys_of_many(*arrays(starts))
-        return starts[min(range(len(starts)), key=keys.__getitem__)]
+        best = min(range(len(starts)), key=keys.__getitem__)
+        _, _, ticks, _ = keys[best]
+        return starts[best], ticks * self.instance.tick_seconds
 
     def improved(self, split: Split) -> Split:
         """After a local search, which makes what does not fit smaller first."""
@@ -135,16 +149,23 @@ class OrderModel:
         return keys_of_figures(self.instance, cuts, units, self._ticks_of_many(cuts, recompute))
 
     def _units_of_many(self, cuts: Cuts, recompute: Flags) -> Cuts:
+        choice = self.choice
+        more, ranks = max(1, choice.num_micro_batches - 1), range(choice.num_pipeline_ranks)
+        held = [num_held(self.schedule, choice, self.group_size, rank) for rank in ranks]
+        least, slope = self._one_and_more(cuts, recompute)
+        units = least + (np.array(held) - 1) * slope
+        if self.schedule is Schedule.ZERO_BUBBLE and recompute.any():
+            # What has been rebuilt stays for the second half of backward, which comes later.
+            _, whole = self._one_and_more(cuts, np.zeros_like(recompute))
+            units = units + np.minimum(ranks, more) * (whole - slope)
+        found: Cuts = units * np.array(self.peak_ratios)
+        return found
+
+    def _one_and_more(self, cuts: Cuts, recompute: Flags) -> tuple[Cuts, NDArray[np.float64]]:
+        """Units of memory with one micro-batch, and of each more that is held."""
         least = rank_units_of_many(self.one, cuts, recompute)
         most = rank_units_of_many(self.instance, cuts, recompute)
-        more = max(1, self.choice.num_micro_batches - 1)
-        held = [
-            num_held(self.schedule, self.choice, self.group_size, rank)
-            for rank in range(self.choice.num_pipeline_ranks)
-        ]
-        shares = (np.array(held) - 1) / more
-        units: Cuts = (least + shares * (most - least)) * np.array(self.peak_ratios)
-        return units
+        return least, (most - least) / max(1, self.choice.num_micro_batches - 1)
 
     def _ticks_of_many(self, cuts: Cuts, recompute: Flags) -> Cuts:
         if self._time is None:
@@ -164,8 +185,12 @@ class OrderModel:
         again = Split(
             boundaries=(0,) * (choice.num_stages + 1), recompute=(True,) * choice.num_stages
         )
-        placement = replace(self.placement(again), num_micro_batches=count)
-        return OrderTime(self.instance, order_of(placement), choice.num_micro_batches - count)
+        # What the order does not depend on is alike, so that orders are walked once.
+        placement = replace(
+            self.placement(again), num_micro_batches=count, num_replicas=1, micro_batch_size=1,
+            partition=0, layout=Layout.REPLICAS_INSIDE,
+        )  # fmt: skip
+        return OrderTime(self.instance, steps_of(placement), choice.num_micro_batches - count)
 
 
 def model_of(
@@ -186,12 +211,17 @@ def model_of(
 
 
 def quick_seconds(builder: Builder, choice: Choice, schedule: Schedule) -> float:
-    """A first estimate of the step: the busiest rank's work on all micro-batches, the others' on
-    one, in which it waits, and what its first gather and the last reductions take beside it. As if
-    nothing were recomputed unless all is."""
+    """A first estimate of the step, as if nothing were recomputed unless all is."""
     instance = builder.instance(choice)
+    cuts = balanced_stages(_work_before(instance, again=bool(choice.recompute)))
+    return _seconds_without_order(instance, schedule, choice.split(cuts))
+
+
+def _seconds_without_order(instance: Instance, schedule: Schedule, split: Split) -> float:
+    """The busiest rank's work on all micro-batches, the others' on one, in which it waits, and what
+    its first gather and the last reductions take beside it."""
+    choice = instance.choice
     own, count = instance.pace.own, choice.num_micro_batches
-    split = choice.split(balanced_stages(_work_before(instance, again=bool(choice.recompute))))
     if choice.num_pipeline_ranks == 1:
         return step_ticks(instance, split) * instance.tick_seconds
     stages = stage_ticks(instance, split)

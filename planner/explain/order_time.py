@@ -8,19 +8,21 @@ module knows time. It does not know memory.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from planner.plan.types import Opcode
-from planner.schedule import Order
+from planner.schedule import Order, order_of
+from planner.solve import Placement
 from planner.solve.instance import Cuts, Flags, Instance, latest_of_many, stages_of_many
 from planner.solve.step_parts import Pace, StageTicks, Ticks
 
-__all__ = ["OrderTime"]
+__all__ = ["OrderTime", "Step", "steps_of"]
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One compute step, behind those that it waits for."""
 
     rank: int
@@ -48,14 +50,15 @@ class OrderTime:
 
     Args:
         instance: of the placement's choice.
-        order: every stage's backward behind a RECOMPUTE, which takes time where a split has one.
+        steps: `steps_of` a placement of the choice; every stage's backward behind a RECOMPUTE,
+            which takes time where a split has one.
         num_more: micro-batches that the order leaves out: each takes as long as the busiest rank
             needs for one.
     """
 
-    def __init__(self, instance: Instance, order: Order, num_more: int = 0) -> None:
+    def __init__(self, instance: Instance, steps: Sequence[Step], num_more: int = 0) -> None:
         self._instance = instance
-        self._steps = _in_sequence(order, len(instance.pace.stage_ranks))
+        self._steps = steps
         self._num_more = num_more
 
     def ticks_of_many(self, cuts: Cuts, recompute: Flags) -> Cuts:
@@ -122,11 +125,16 @@ def _turn(stages: Sequence[StageTicks], own: Sequence[int]) -> Ticks:
     return latest_of_many(work, *sent)
 
 
-def _in_sequence(order: Order, num_stages: int) -> list[_Step]:
-    """The steps of all ranks, each behind what it waits for."""
+@lru_cache(maxsize=64)
+def steps_of(placement: Placement) -> tuple[Step, ...]:
+    """The compute steps of a placement's order, of all ranks, each behind what it waits for."""
+    return tuple(_in_sequence(order_of(placement), placement.num_stages))
+
+
+def _in_sequence(order: Order, num_stages: int) -> list[Step]:
     forward: dict[tuple[int, int], int] = {}
     backward: dict[tuple[int, int], int] = {}
-    steps: list[_Step] = []
+    steps: list[Step] = []
     waiting: dict[tuple[bool, int, int], int] = {}
     next_of = [0] * len(order.ranks)
 
@@ -159,7 +167,7 @@ def _in_sequence(order: Order, num_stages: int) -> list[_Step]:
                 reader = waiting.pop((step.opcode is Opcode.FORWARD, *key), None)
                 if reader is not None:
                     ready.append(reader)
-            steps.append(_Step(rank, step.stage, column, source))
+            steps.append(Step(rank, step.stage, column, source))
             next_of[rank] += 1
     assert len(steps) == sum(map(len, order.ranks)), "the order waits for itself"
     return steps

@@ -21,6 +21,10 @@ class Clock:
     def spent(self) -> float:
         return time.monotonic() - self.started
 
+    def restart(self, limit_seconds: float) -> None:
+        """Begin anew, with so many seconds."""
+        self.limit_seconds, self.started = limit_seconds, time.monotonic()
+
     def exclude(self, seconds: float) -> None:
         """Do not count so many of the seconds that have passed."""
         self.started += seconds

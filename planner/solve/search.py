@@ -42,6 +42,8 @@ MIN_TRIED = 20
 MAX_SIMULATED = 8
 LEAST_ASSIGN_SHARE = 1 / 20
 """Of the time limit, for stages on other ranks."""
+FAR = 1.05
+"""Better splits and stages on other ranks gain less than that."""
 NEAR = 1.03
 """The simulator may prefer a choice whose estimate is so much above the best: the step-time model
 leaves out what transfers that meet lose to each other."""
@@ -51,8 +53,13 @@ def solve(
     problem: Problem,
     simulate: Callable[[Placement], Simulated],
     progress: Progress | None = None,
+    *,
+    rival_seconds: float = math.inf,
 ) -> Solution:
     """The placement whose simulated step is shortest, with its certificate.
+
+    With the `rival_seconds` of a plan that is no answer but will be taken instead where it is
+    faster, the search is over once nothing can be as fast, and does not polish what is far from it.
 
     It may use fewer devices than there are, where more would not help. A micro-batch size that the
     model cannot be traced with is left out, unless it is the only one.
@@ -76,6 +83,7 @@ def solve(
         sizes=sizes,
         num_layers=num_layers,
         progress=progress or (lambda *_: None),
+        rival_seconds=rival_seconds,
     )
     try:
         search.branch(space)
@@ -83,8 +91,9 @@ def solve(
             search.go_through(space)
         if search.best is None:
             search.rescue(space)
-        search.simplify()
-        search.assign(space)
+        if not search.is_far_behind:
+            search.simplify()
+            search.assign(space)
     except KeyboardInterrupt:
         search.interrupt()
     return search.solution()
@@ -98,6 +107,7 @@ class _Search:
     sizes: Sizes
     num_layers: int
     progress: Progress
+    rival_seconds: float = math.inf
     builder: Builder = field(init=False)
     branches: Branches = field(init=False)
     trials: list[Trial] = field(default_factory=list)
@@ -123,6 +133,11 @@ class _Search:
     def best_seconds(self) -> float:
         return self.best.step_seconds if self.best else math.inf
 
+    @property
+    def is_far_behind(self) -> bool:
+        """The rival is out of reach, whatever is still made of what has been found."""
+        return self.rival_seconds * FAR < self.best_seconds < math.inf
+
     def branch(self, space: Sequence[Batching]) -> None:
         """The lowest bound first, until no bound is below the best or the clock ends it."""
         branches = self.branches
@@ -139,7 +154,8 @@ class _Search:
                 break
             self._try(node)
             self._report(len(space))
-        self._polish()
+        if not self.is_far_behind:
+            self._polish()
         self.bound_seconds = branches.bound_seconds
         self._report(len(space))
 
@@ -149,6 +165,8 @@ class _Search:
         left = self.clock.left
         if self.best is None:
             return left <= 0 and len(self.branches.tried) > MIN_TRIED
+        if self.branches.bound_seconds >= self.rival_seconds:
+            return True
         return left < self.clock.limit_seconds / 2
 
     def _report(self, total: int) -> None:
