@@ -1,5 +1,7 @@
 """The user's model, and the executor that takes it over, on one rank."""
 
+from pathlib import Path
+
 import torch
 
 from planner.heap import keep_freed_memory
@@ -25,6 +27,7 @@ def make_executor(
     transport: Transport,
     world_rank: int,
     device: torch.device,
+    offload_folder: Path | None = None,
 ) -> Executor:
     """The executor of one rank, with the model freshly built.
 
@@ -42,4 +45,5 @@ def make_executor(
         build_scheduler=model_file.build_scheduler,
         loss_weight=model_file.loss_weight,
         device=device,
+        offload_folder=offload_folder,
     )

@@ -37,6 +37,7 @@ def connect(
     build_optimizer: BuildOptimizer = default_optimizer,
     build_scheduler: BuildScheduler | None = None,
     loss_weight: LossWeight | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Iterator[Executor]:
     """This rank's executor, ready for `step`; all ranks leave the block together.
 
@@ -48,12 +49,14 @@ def connect(
         build_optimizer: as in the model file, called with each unit's parameters; AdamW by default.
         build_scheduler: as in the model file; a constant rate by default.
         loss_weight: as in the model file; every micro-batch weighs the same by default.
+        offload_folder: where what the plan offloads is in files, instead of in host memory.
 
     Raises:
         PlanFileError: the plan's file is missing or damaged.
         FingerprintError: the plan was made for another model.
         UsageError: another number of processes than the plan has ranks, other weights on some
-            rank, or an optimizer that cannot work on a partitioned state.
+            rank, an optimizer that cannot work on a partitioned state, or a folder in which no file
+            can be made.
         RunError: a rank was lost; the error of another rank ends this one too.
     """
     if not isinstance(plan, Plan):
@@ -78,6 +81,7 @@ def connect(
             build_scheduler=build_scheduler,
             loss_weight=loss_weight,
             device=device,
+            offload_folder=None if offload_folder is None else Path(offload_folder),
         )
         try:
             yield executor

@@ -117,16 +117,20 @@ class ExchangeTransport(ABC):
 
         def finish() -> None:
             swap.wait()
-            output.copy_(ordered_sum(received).view_as(output))
+            ordered_sum(received, self._replica, output.view(-1))
 
         return self._run(channel, finish)
 
-    def all_reduce(self, tensor: Tensor, what: str) -> Pending:
-        _check(tensor)
+    def all_reduce(self, tensor: Tensor, what: str, source: Tensor | None = None) -> Pending:
+        source = tensor if source is None else source
+        _check(tensor, source)
         if self._num_replicas == 1 or not tensor.numel():
             self.traffic.add("reduce", 0)
+            if source is not tensor:
+                tensor.copy_(source)
             return Joined(())
-        parts = torch.split(tensor.view(-1), part_sizes(tensor.numel(), self._num_replicas))
+        sizes = part_sizes(tensor.numel(), self._num_replicas)
+        parts, sent = torch.split(tensor.view(-1), sizes), torch.split(source.view(-1), sizes)
         mine = parts[self._replica]
         share = Channel("share", self._replicas)
         channel = Channel("reduce", self._replicas)
@@ -135,12 +139,12 @@ class ExchangeTransport(ABC):
         # A member sends its finished part only after it has received ours for that part, so the
         # finished parts may arrive in the very tensor that the first half is sent from.
         arriving = self._receive_from_others(share, parts, what)
-        received = self._staging(mine)
-        swap = self._swap(channel, received, parts, what)
+        received = self._staging(sent[self._replica])
+        swap = self._swap(channel, received, sent, what)
 
         def finish() -> None:
             swap.wait()
-            mine.copy_(ordered_sum(received))
+            ordered_sum(received, self._replica, mine)
             leaving = self._send_to_others(share, [mine] * self._num_replicas, what)
             arriving.wait()
             leaving.wait()
@@ -191,7 +195,7 @@ class ExchangeTransport(ABC):
 
         def finish() -> None:
             swap.wait()
-            tensor.copy_(ordered_sum(received))
+            ordered_sum(received, channel.members.index(self._rank), tensor)
 
         return self._run(channel, finish)
 
@@ -254,12 +258,19 @@ class _Worker:
             del item, future, job  # or the last job's buffers live until the next one comes
 
 
-def ordered_sum(parts: list[Tensor]) -> Tensor:
-    """((parts[0] + parts[1]) + parts[2]) + ...; at least two; changes none of them."""
-    total = parts[0] + parts[1]
-    for part in parts[2:]:
+def ordered_sum(parts: list[Tensor], mine: int, output: Tensor) -> None:
+    """`output` = ((parts[0] + parts[1]) + parts[2]) + ...; at least two.
+
+    `output` may be parts[mine], which is not changed otherwise; the others are used up.
+    """
+    if len(parts) == 2:
+        torch.add(parts[0], parts[1], out=output)
+        return
+    total = parts[0 if mine == 1 else 1]
+    torch.add(parts[0], parts[1], out=total)
+    for part in parts[2:-1]:
         total += part
-    return total
+    torch.add(total, parts[-1], out=output)
 
 
 def part_sizes(num_elements: int, num_parts: int) -> list[int]:

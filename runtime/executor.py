@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -107,6 +108,7 @@ class Executor(TrainingState):
         build_scheduler: BuildScheduler | None = None,
         loss_weight: LossWeight | None = None,
         device: torch.device | str = "cpu",
+        offload_folder: Path | None = None,
     ) -> None:
         """Take this rank's parameters out of `model`; the others' memory is let go.
 
@@ -120,9 +122,11 @@ class Executor(TrainingState):
             build_scheduler: as in the model file; a constant rate by default.
             loss_weight: as in the model file; every micro-batch weighs the same by default.
             device: where this rank computes.
+            offload_folder: where what the plan offloads is in files, instead of in host memory.
 
         Raises:
-            UsageError: the optimizer cannot work on a partitioned state.
+            UsageError: the optimizer cannot work on a partitioned state, or no file can be made in
+                the folder.
             PlanFileError: the plan's code names something that the model does not have, or its
                 buffers do not fit the model's parameters.
         """
@@ -135,6 +139,7 @@ class Executor(TrainingState):
             build_optimizer,
             build_scheduler,
             torch.device(device),
+            offload_folder,
         )
         super().__init__(plan, model, rank)
         ends_loss = any("loss" in stage.plan.outputs for stage in rank.stages.values())

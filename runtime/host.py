@@ -2,12 +2,14 @@
 
 A copy is made anew each time, so a copy once handed out never changes. On a GPU host memory is
 pinned, and copies run beside compute, on a stream for each direction. On the CPU they are plain
-tensors, kept apart so that a memory measurement can tell them from the device's.
+tensors, kept apart so that a memory measurement can tell them from the device's. With a folder they
+are in files there (`runtime.mapped`), and not pinned.
 This module knows values. It does not know when anything happens.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from planner.plan.names import kind_of
 from runtime.layout import dense_stride
 from runtime.loss_scale import LossScale
+from runtime.mapped import MappedFolder
 from runtime.transport import Pending
 
 __all__ = ["Checkpoint", "HostMemory"]
@@ -49,8 +52,10 @@ class _Copy:
 class HostMemory:
     """The host: buffers of one rank."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        """Raises UsageError if no file can be made in the folder."""
         self._device = device
+        self._files = None if folder is None else MappedFolder(folder)
         self._values: dict[str, Any] = {}
         self._checkpoint = Checkpoint(num_steps=0, shards={}, moments={})
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -118,12 +123,12 @@ class HostMemory:
 
     def _copied(self, tensor: Tensor) -> _Copy:
         with _disable_current_modes():
-            host = torch.empty_strided(
-                tensor.shape,
-                dense_stride(tuple(tensor.shape), tensor.stride()),
-                dtype=tensor.dtype,
-                pin_memory=tensor.is_cuda,
-            )
+            shape, dtype = tuple(tensor.shape), tensor.dtype
+            strides, pin = dense_stride(shape, tensor.stride()), tensor.is_cuda
+            if self._files is None:
+                host = torch.empty_strided(shape, strides, dtype=dtype, pin_memory=pin)
+            else:
+                host = self._files.empty_strided(shape, strides, dtype)
             host.copy_(tensor.detach(), non_blocking=True)
         if "out" in self._streams and tensor.is_cuda:
             tensor.record_stream(self._streams["out"])

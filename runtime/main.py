@@ -72,7 +72,9 @@ def _run(
 ) -> str:
     """What verification found wrong, empty if nothing."""
     console = shared_console if world_rank == 0 else Console(quiet=True)
-    executor = make_executor(plan, model_file, transport, world_rank, device)
+    executor = make_executor(
+        plan, model_file, transport, world_rank, device, options.offload_folder
+    )
     start = Position()
     if options.resume_path is not None:
         info = executor.load(options.resume_path)

@@ -31,6 +31,8 @@ class RunOptions:
     """Where they go, each in a folder of its own."""
     resume_path: Path | None = None
     """A checkpoint to go on from, or a folder of checkpoints."""
+    offload_folder: Path | None = None
+    """Where what the plan offloads is in files, instead of in host memory."""
     timeline_path: Path | None = None
     """Where the times of the last step's instructions go."""
     log_every: int = 1
@@ -44,9 +46,11 @@ class RunOptions:
         """The plan with the options that this run overrides; a run resumed keeps its seed.
 
         Raises:
-            UsageError: the options contradict each other or the checkpoint to resume.
+            UsageError: the options contradict each other, the plan or the checkpoint to resume.
         """
         options = plan.options
+        if self.offload_folder is not None:
+            _check_offloads(plan)
         if self.seed is not None:
             options = replace(options, seed=self.seed)
         if self.resume_path is not None:
@@ -84,10 +88,20 @@ class RunOptions:
         words += [] if self.save_every is None else [f"--save-every={self.save_every}"]
         words += [f"--checkpoints={self.checkpoint_folder}"]
         words += [] if self.resume_path is None else [f"--resume={self.resume_path}"]
+        folder = self.offload_folder
+        words += [] if folder is None else [f"--offload-folder={folder}"]
         words += [] if self.timeline_path is None else [f"--timeline={self.timeline_path}"]
         words += [] if self.seed is None else [f"--seed={self.seed}"]
         words += [] if self.deadline_seconds is None else [f"--deadline={self.deadline_seconds!r}"]
         return words
+
+
+def _check_offloads(plan: Plan) -> None:
+    if not any(buffer.name.startswith("host:") for table in plan.buffers for buffer in table):
+        raise UsageError(
+            "--offload-folder is given, and the plan offloads nothing",
+            hint="plan with --offload-state or --offload-inputs, or leave it out",
+        )
 
 
 _OPTIONS = (
@@ -132,6 +146,12 @@ _OPTIONS = (
         type=click.Path(path_type=Path),
         help="Go on from this checkpoint, or from the last one in this folder, whatever plan of "
         "the same model wrote it.",
+    ),
+    click.option(
+        "--offload-folder",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Keep what the plan offloads in files of this folder instead of in host memory, which "
+        "may then be smaller; on a GPU copies are slower, as their memory is not pinned.",
     ),
     click.option(
         "--timeline",

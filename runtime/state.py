@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +46,14 @@ class RankState:
         build_optimizer: BuildOptimizer,
         build_scheduler: BuildScheduler | None,
         device: torch.device,
+        offload_folder: Path | None = None,
     ) -> None:
         self.plan, self.transport, self.device = plan, transport, device
         self.rank, self.replica = plan.coordinates(world_rank)
         self.training, self.evaluation = _programs(plan, self.rank)
         self.random = KeyedRandom(plan.options.seed)
-        self.buffers, self.sends, self.host = Buffers(), Sends(), HostMemory(device)
+        self.buffers, self.sends = Buffers(), Sends()
+        self.host = HostMemory(device, offload_folder)
         self.step = 0
         is_scaled = plan.options.precision is Precision.FLOAT16
         self.loss_scale = LossScale() if is_scaled else None

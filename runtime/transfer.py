@@ -110,9 +110,11 @@ class DistributedTransport(ExchangeTransport):
             channel, what, lambda group: call(output, source, group=group, async_op=True)
         )
 
-    def all_reduce(self, tensor: Tensor, what: str) -> Pending:
+    def all_reduce(self, tensor: Tensor, what: str, source: Tensor | None = None) -> Pending:
         if not self._library or self._num_replicas == 1:
-            return super().all_reduce(tensor, what)
+            return super().all_reduce(tensor, what, source)
+        if source is not None and source is not tensor:
+            tensor.copy_(source)
         part = -(-tensor.nbytes // self._num_replicas)
         self.traffic.add("reduce", 2 * part * (self._num_replicas - 1))
         channel = Channel("reduce", self._replicas)

@@ -80,8 +80,9 @@ class Transport(Protocol):
         may be that part of `source` itself.
         """
 
-    def all_reduce(self, tensor: Tensor, what: str) -> Pending:
-        """`tensor` = its sum over replicas, bitwise equal on all of them."""
+    def all_reduce(self, tensor: Tensor, what: str, source: Tensor | None = None) -> Pending:
+        """`tensor` = the sum of `source` (of itself, where there is none) over replicas, bitwise
+        equal on all of them. `source` stays as it is."""
 
     def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
         """`tensor` = its sum over these pipeline ranks of the same replica, equal on all."""

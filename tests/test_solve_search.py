@@ -1,5 +1,8 @@
 """How a search ends: interrupted, with equally fast plans, with a plan that just fits."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 from planned import Chain, model_of
 from solve_chain import Layer, formula, make_problem
@@ -101,3 +104,29 @@ def test_some_of_the_first_tries_keep_off_slow_links() -> None:
     assert len({leader.batching for leader in leaders}) == len(leaders)
     while (node := branches.next(float("inf"))) is not None:
         assert node not in leaders
+
+
+def test_what_a_host_lacks_memory_for_is_simulated_once_and_done_without() -> None:
+    layers = [Layer(saved_bytes=1 << 20, num_elements=1 << 18)] * 8
+    loose = make_problem(layers, num_devices=2, global_batch_size=8)
+    peak = max(formula(loose)(solve(loose, formula(loose)).placement).peak_bytes)
+    problem = make_problem(
+        layers, num_devices=2, global_batch_size=8, memory_limit_bytes=int(0.35 * peak)
+    )
+    free = solve(problem, formula(problem))
+    assert free.placement.offload_state
+    tried = Counter[tuple[object, ...]]()
+
+    def simulate(placement: Placement) -> Simulated:
+        found = formula(problem)(placement)
+        if not placement.offload_state:
+            return found
+        flags = placement.partition, placement.offload_inputs
+        tried[placement.num_replicas, placement.num_pipeline_ranks, *flags] += 1
+        return replace(found, host_lack_bytes=1)
+
+    solution = solve(problem, simulate)
+    assert not solution.placement.offload_state
+    assert solution.step_seconds >= free.step_seconds
+    assert tried
+    assert max(tried.values()) == 1

@@ -206,9 +206,10 @@ class ScheduleSearch:
             queue.num_simulated += 1
             self._simulate(candidate)
             known = self._found.get(candidate.unpartitioned)
-            if known is None:
+            if known is None or any(known.split.recompute):
+                # Another partition may fit, or keep what this one recomputes.
                 self._push_twin(queue, candidate)
-            else:
+            if known is not None:
                 queue.least_seconds = min(queue.least_seconds, known.step_seconds)
 
     def _try_to_fit(self, queue: _Queue, number: int, candidate: Candidate) -> None:

@@ -64,14 +64,22 @@ def candidates_of(
     plain = {
         replace(
             choice, recompute=wanted.recompute, offload_state=False, offload_inputs=False,
-            num_buffers=wanted.num_buffers or _NUM_BUFFERS,
+            num_buffers=wanted.num_buffers or _NUM_BUFFERS, partition=level,
         )
         for choice in choices
+        for level in _levels(choice, wanted)
     }  # fmt: skip
     for choice in sorted(plain, key=str):
         for schedule in schedules:
             for group_size in _group_sizes(schedule, choice):
                 yield Candidate(choice=choice, schedule=schedule, group_size=group_size)
+
+
+def _levels(choice: Choice, wanted: Constraints) -> tuple[int, ...]:
+    """Of partition; state whose weights stay whole is gathered once, whatever the order."""
+    if wanted.partition is not None or choice.num_replicas == 1:
+        return (choice.partition,)
+    return (choice.partition, 2)
 
 
 def _group_sizes(schedule: Schedule, choice: Choice) -> tuple[int, ...]:

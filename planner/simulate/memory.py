@@ -190,14 +190,14 @@ def buffer_lives(plan: Plan, rank: int, ends: Sequence[int] | None = None) -> Li
 
 
 def _staging_bytes(plan: Plan, instruction: Instruction, sizes: Mapping[str, int]) -> int:
-    """What a sum by direct exchange makes while it is under way: what arrives, and the sum."""
+    """What arrives from the others while a sum by direct exchange is under way."""
     num_bytes = sizes.get(f"reduced:{instruction.unit}", 0)
     if instruction.opcode is Opcode.REDUCE_TIED:
         (unit,) = (unit for unit in plan.units if unit.name == instruction.unit)
-        return len(unit.ranks) * num_bytes
+        return (len(unit.ranks) - 1) * num_bytes
     if plan.divides_gradients:
-        return plan.num_replicas * num_bytes
-    return num_bytes  # each replica adds a part of it
+        return (plan.num_replicas - 1) * num_bytes
+    return num_bytes - num_bytes // plan.num_replicas  # each replica adds a part of it
 
 
 def _worst_moment(plan: Plan, rank: int, ends: Sequence[int]) -> Moment:

@@ -136,9 +136,11 @@ class Held:
 
     @property
     def staging(self) -> list[int]:
-        """What a sum makes while it is under way, by direct exchange."""
+        """What arrives while a sum by direct exchange is under way."""
         is_direct = self.problem.cluster.backend == "gloo" and self.reduces
-        return self.trainable if is_direct else [0] * self.figures.num_layers
+        if not is_direct:
+            return [0] * self.figures.num_layers
+        return [size - size // self.choice.num_replicas for size in self.trainable]
 
     @property
     def reduced(self) -> list[int]:

@@ -37,13 +37,17 @@ Progress = Callable[[int, int, float, float], None]
 """Called with the meshes and batchings that are done, of how many, the best step time so far
 (infinite before the first) and the bound, in seconds."""
 
+Offload = tuple[int, int, int, bool, bool]
+"""Replicas, pipeline ranks, partition, and whether state and inputs are offloaded."""
 MAX_CORRECTIONS = 3
 MIN_TRIED = 20
 MAX_SIMULATED = 8
 LEAST_ASSIGN_SHARE = 1 / 20
 """Of the time limit, for stages on other ranks."""
 FAR = 1.05
-"""Better splits and stages on other ranks gain less than that."""
+"""Better splits seldom gain more."""
+FAR_SHARE = 0.2
+"""Of the time limit, for better splits of what is so far behind the rival."""
 NEAR = 1.03
 """The simulator may prefer a choice whose estimate is so much above the best: the step-time model
 leaves out what transfers that meet lose to each other."""
@@ -59,7 +63,7 @@ def solve(
     """The placement whose simulated step is shortest, with its certificate.
 
     With the `rival_seconds` of a plan that is no answer but will be taken instead where it is
-    faster, the search is over once nothing can be as fast, and does not polish what is far from it.
+    faster, the search is over once nothing can be as fast, and shorter where it is far behind.
 
     It may use fewer devices than there are, where more would not help. A micro-batch size that the
     model cannot be traced with is left out, unless it is the only one.
@@ -91,9 +95,8 @@ def solve(
             search.go_through(space)
         if search.best is None:
             search.rescue(space)
-        if not search.is_far_behind:
-            search.simplify()
-            search.assign(space)
+        search.simplify()
+        search.assign(space)
     except KeyboardInterrupt:
         search.interrupt()
     return search.solution()
@@ -116,6 +119,8 @@ class _Search:
     """With stage s on rank s mod P, where the best has its stages on other ranks."""
     bound_seconds: float = 0.0
     is_interrupted: bool = False
+    lacking: set[Offload] = field(default_factory=set)
+    """What some host has been found to lack memory for."""
     margin_bytes: int = 0
     """Largest excess of a simulated peak over the memory model."""
 
@@ -133,11 +138,6 @@ class _Search:
     def best_seconds(self) -> float:
         return self.best.step_seconds if self.best else math.inf
 
-    @property
-    def is_far_behind(self) -> bool:
-        """The rival is out of reach, whatever is still made of what has been found."""
-        return self.rival_seconds * FAR < self.best_seconds < math.inf
-
     def branch(self, space: Sequence[Batching]) -> None:
         """The lowest bound first, until no bound is below the best or the clock ends it."""
         branches = self.branches
@@ -154,8 +154,10 @@ class _Search:
                 break
             self._try(node)
             self._report(len(space))
-        if not self.is_far_behind:
-            self._polish()
+        if self.rival_seconds * FAR < self.best_seconds < math.inf:
+            limit = self.clock.limit_seconds
+            self.clock.limit_seconds = min(limit, self.clock.spent + FAR_SHARE * limit)
+        self._polish()
         self.bound_seconds = branches.bound_seconds
         self._report(len(space))
 
@@ -178,10 +180,11 @@ class _Search:
         found = self.branches.trials(node, self.best_seconds, self._is_over)
         self.trials += found
         fitting = [trial for trial in found if trial.split is not None]
-        if fitting:
-            first = min(fitting, key=lambda trial: trial.objective_seconds)
-            if first.objective_seconds < self.best_seconds:
-                self._simulate(first)
+        for trial in sorted(fitting, key=lambda trial: trial.objective_seconds):
+            if trial.objective_seconds < self.best_seconds:
+                self._simulate(trial)
+            if self._offload_of(trial) not in self.lacking:
+                break
 
     def _polish(self) -> None:
         """Better splits of the choices that look best, and the simulator's word on them."""
@@ -209,17 +212,27 @@ class _Search:
                 self._simulate(trial)
 
     def _simulate(self, trial: Trial) -> None:
-        """Simulate the trial's split; where its peak is above the memory model, split again."""
+        """Simulate the trial's split; where its peak is above the memory model, split again. What
+        hosts lack memory for no split mends."""
         for _ in range(MAX_CORRECTIONS):
-            if trial.split is None:
+            if trial.split is None or self._offload_of(trial) in self.lacking:
                 break
             simulated = self.simulate(trial.placement)
             if self._fits(trial, simulated):
                 self._take(trial, simulated.step_seconds)
                 return
-            self._correct(trial, simulated)
+            if simulated.host_lack_bytes:
+                self.lacking.add(self._offload_of(trial))
+            else:
+                self._correct(trial, simulated)
+        where = "host's" if self._offload_of(trial) in self.lacking else "simulated"
         trial.split, trial.objective_seconds = None, math.inf
-        trial.verdict = "infeasible: the simulated peak exceeds the memory limit"
+        trial.verdict = f"infeasible: the {where} peak exceeds the memory limit"
+
+    def _offload_of(self, trial: Trial) -> Offload:
+        choice = trial.instance.choice
+        mesh = choice.num_replicas, choice.num_pipeline_ranks
+        return *mesh, choice.partition, choice.offload_state, choice.offload_inputs
 
     def _take(self, trial: Trial, step_seconds: float) -> None:
         """What the simulator has found to fit; the best so far if it is faster."""

@@ -1,5 +1,7 @@
 """GATHER, REDUCE and REDUCE_TIED: weights and gradients between ranks."""
 
+import torch
+
 from planner.plan.types import Instruction
 from runtime.handlers.words import describe
 from runtime.state import RankState
@@ -33,8 +35,8 @@ def reduce(rank: RankState, instruction: Instruction) -> None:
         reduced = total[mine] if adds else total.new_empty(state.part_length)
         pending = rank.transport.reduce_scatter(total, reduced, describe(instruction))
     else:
-        reduced = total if adds else total.clone()
-        pending = rank.transport.all_reduce(reduced, describe(instruction))
+        reduced = total if adds else torch.empty_like(total)
+        pending = rank.transport.all_reduce(reduced, describe(instruction), total)
     if adds:
         so_far = rank.buffers[target]
         pending = Then(pending, lambda: so_far.add_(reduced))

@@ -174,20 +174,22 @@ class Facts:
         return lives + list(self._staging(rank))
 
     def _staging(self, rank: int) -> Iterator[Life]:
-        """Sums between processes that exchange messages: one version of the gradient arrives from
-        each of the others, and a new one becomes the sum."""
+        """Sums between processes that exchange messages: one version of the gradient, or of this
+        replica's part of it, arrives from each of the others."""
         for index, instruction in enumerate(self.plan.programs[rank]):
             if instruction.opcode not in (Opcode.REDUCE, Opcode.REDUCE_TIED):
                 continue
             if self.plan.cluster.backend != "gloo" or instruction.unit is None:
                 continue
-            versions = len(self.units[instruction.unit].ranks)
-            if instruction.opcode is Opcode.REDUCE:
-                versions = self.plan.num_replicas if self.plan.partition > 1 else 1
+            num_others = len(self.units[instruction.unit].ranks) - 1
             size = num_bytes(self._entry(rank, f"reduced:{instruction.unit}"))
+            if instruction.opcode is Opcode.REDUCE:
+                num_others = self.plan.num_replicas - 1
+                if self.plan.partition < 2:  # what arrives is one part of the whole from each
+                    size, num_others = size - size // self.plan.num_replicas, 1
             yield Life(
                 buffer=f"staging:{instruction.unit}",
-                num_bytes=versions * size,
+                num_bytes=num_others * size,
                 first=index,
                 uses=1 << index,
             )
