@@ -42,7 +42,9 @@ class Plain:
         self.plan, self.model_file = plan, model_file
         with seeded(plan.options.seed, CPU):
             self.model = model_file.build_model().train()
-        self.dtype = getattr(torch, plan.options.precision.value)
+        precision = plan.options.precision
+        own = precision is Precision.MODEL
+        self.dtype = torch.float32 if own else getattr(torch, precision.value)
         self.masters = {
             name: nn.Parameter(p.detach().clone())
             for name, p in self.model.named_parameters()
@@ -61,7 +63,7 @@ class Plain:
         self.optimizer = build(list(self.masters.values()))
         build_scheduler = model_file.build_scheduler
         self.scheduler = build_scheduler(self.optimizer) if build_scheduler else None
-        self.scale, self.num_good = 2.0**16, 0
+        self.scale, self.num_good, self.factor = 2.0**16, 0, 1.0
         self.is_scaled = plan.options.precision is Precision.FLOAT16
 
     def step(self, number: int, given: list[dict[str, Tensor]]) -> tuple[list[Tensor], Gradients]:
@@ -95,7 +97,9 @@ class Plain:
         if finite or not self.plan.options.check_finite:
             for name, master in self.masters.items():
                 master.grad = sums[name]
-            if self.plan.options.clip_norm is not None:
+            if self.plan.options.clip_delayed:
+                self.clip_later(sums)
+            elif self.plan.options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.masters.values(), self.plan.options.clip_norm)
             self.optimizer.step()
             if self.scheduler is not None:
@@ -107,6 +111,14 @@ class Plain:
             elif self.num_good == 2000:
                 self.scale, self.num_good = self.scale * 2, 0
         return found
+
+    def clip_later(self, sums: Gradients) -> None:
+        """By the norm of the step before, of gradients that were not clipped."""
+        assert self.plan.options.clip_norm is not None
+        for name, master in self.masters.items():
+            master.grad = sums[name] * self.factor
+        norm = float(nn.utils.get_total_norm(sums.values()))
+        self.factor = min(1.0, self.plan.options.clip_norm / (norm + 1e-6))
 
     def cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

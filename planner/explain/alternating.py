@@ -24,10 +24,11 @@ from planner.solve.types import Split
 
 __all__ = ["ScheduleSearch", "search_schedule"]
 
-_MAX_SIMULATED = 12
+_MAX_SIMULATED = 32
 """Candidates."""
 _MAX_CORRECTIONS = 3
-_MAX_IMPROVED = 2
+_MAX_IMPROVED = 6
+"""Of those that may lead, the first."""
 _MAX_MOVES = 16
 """Single moves, since the last that was for the better."""
 _MAY_LEAD = 1.03
@@ -116,7 +117,8 @@ class ScheduleSearch:
     _num_fitting: int = 0
     """Candidates with a split that fits by the model."""
     _peak_ratios: dict[Kind, tuple[float, ...]] = field(default_factory=dict)
-    """What the last simulation of this kind said of the model's memory."""
+    """The least that simulations of this kind said of the model's memory; each candidate's own
+    simulations say more."""
     _slowdowns: dict[Mesh, float] = field(default_factory=dict)
     """The least that simulations of this mesh took, over the model's seconds."""
     _nearest: tuple[int, int, str] | None = None
@@ -194,23 +196,19 @@ class ScheduleSearch:
                 model = self._model_of(candidate)
                 candidate = replace(candidate, model=model)
                 heapq.heappush(queue.waiting, (model.quick_seconds(), number, candidate))
-        elif candidate.split is None:
-            if seconds <= self._least * _NEAR:
-                split, seconds = candidate.model.simple_split()
-                candidate = replace(candidate, split=split)
-                heapq.heappush(queue.waiting, (seconds, number, candidate))
-        elif not candidate.is_improved:
-            if seconds <= self._least * _FAR:
-                self._try_to_fit(queue, number, candidate)
-        elif seconds * self._slowdowns.get(candidate.mesh, 1.0) <= self._least * _NEARER:
+        elif candidate.split is None and seconds <= self._least * _NEAR:
+            split, seconds = candidate.model.simple_split()
+            heapq.heappush(queue.waiting, (seconds, number, replace(candidate, split=split)))
+        elif candidate.split and not candidate.is_improved and seconds <= self._least * _FAR:
+            self._try_to_fit(queue, number, candidate)
+        elif candidate.is_improved and self._may_be_fast(seconds, candidate):
             queue.num_simulated += 1
-            self._simulate(candidate)
-            known = self._found.get(candidate.unpartitioned)
-            if known is None or any(known.split.recompute):
-                # Another partition may fit, or keep what this one recomputes.
-                self._push_twin(queue, candidate)
-            if known is not None:
-                queue.least_seconds = min(queue.least_seconds, known.step_seconds)
+            self._simulate(queue, candidate)
+        else:
+            self._push_twin(queue, candidate)
+
+    def _may_be_fast(self, seconds: float, candidate: Candidate) -> bool:
+        return seconds * self._slowdowns.get(candidate.mesh, 1.0) <= self._least * _NEARER
 
     def _try_to_fit(self, queue: _Queue, number: int, candidate: Candidate) -> None:
         assert candidate.model is not None
@@ -251,9 +249,21 @@ class ScheduleSearch:
             self._peak_ratios.get(candidate.kind, ()),
         )  # fmt: skip
 
-    def _simulate(self, candidate: Candidate) -> None:
-        """Splits by the model with ever better knowledge of memory; the fastest that fits is
-        found."""
+    def _simulate(self, queue: _Queue, candidate: Candidate) -> None:
+        """Take the fastest that fits. Another partition may fit too, or keep what this one
+        recomputes."""
+        found = min(self._fitting(candidate), key=lambda one: one.step_seconds, default=None)
+        if found is None or any(found.split.recompute):
+            self._push_twin(queue, candidate)
+        if found is not None:
+            key = candidate.unpartitioned
+            if key not in self._found or found.step_seconds < self._found[key].step_seconds:
+                self._found[key] = found
+            queue.least_seconds = min(queue.least_seconds, found.step_seconds)
+            self._least = min(self._least, found.step_seconds)
+
+    def _fitting(self, candidate: Candidate) -> Iterator[_Found]:
+        """What fits of splits by the model, with ever better knowledge of memory."""
         model, split, choice = candidate.model, candidate.split, candidate.choice
         assert model is not None
         assert split is not None
@@ -265,25 +275,18 @@ class ScheduleSearch:
             self._note_slowdown(candidate.mesh, simulated.step_seconds, model.seconds(split))
             if simulated.fits(limits):
                 seconds = simulated.step_seconds
-                found = _Found(model=model, split=split, placement=placement, step_seconds=seconds)
-                self._take(candidate, found)
+                yield _Found(model=model, split=split, placement=placement, step_seconds=seconds)
                 if not any(split.recompute):
                     return
             else:
                 pairs = zip(simulated.peak_bytes, limits, strict=True)
                 self._note_miss([peak - limit for peak, limit in pairs], choice)
             model = model.corrected(split, simulated.peak_bytes)
-            self._peak_ratios[candidate.kind] = model.peak_ratios
+            known = self._peak_ratios.get(candidate.kind, model.peak_ratios)
+            self._peak_ratios[candidate.kind] = tuple(map(min, known, model.peak_ratios))
             split = model.improved(model.simple_split(split)[0])
             if split in tried or max(model.excess_bytes(split)) > 0:
                 return
-
-    def _take(self, candidate: Candidate, found: _Found) -> None:
-        """The best of the candidate, unless a better one is known."""
-        key = candidate.unpartitioned
-        if key not in self._found or found.step_seconds < self._found[key].step_seconds:
-            self._found[key] = found
-        self._least = min(self._least, found.step_seconds)
 
     def _improved(self, found: _Found, clock: Clock) -> _Found:
         """With single moves that the simulator finds faster; the model says which are tried."""
