@@ -167,7 +167,7 @@ class _Search:
         left = self.clock.left
         if self.best is None:
             return left <= 0 and len(self.branches.tried) > MIN_TRIED
-        if self.branches.bound_seconds >= self.rival_seconds:
+        if self.rival_seconds < math.inf and self.branches.bound_seconds >= self.rival_seconds:
             return True
         return left < self.clock.limit_seconds / 2
 
@@ -225,9 +225,10 @@ class _Search:
                 self.lacking.add(self._offload_of(trial))
             else:
                 self._correct(trial, simulated)
-        where = "host's" if self._offload_of(trial) in self.lacking else "simulated"
         trial.split, trial.objective_seconds = None, math.inf
-        trial.verdict = f"infeasible: the {where} peak exceeds the memory limit"
+        trial.verdict = "infeasible: the simulated peak exceeds the memory limit"
+        if self._offload_of(trial) in self.lacking:
+            trial.verdict = "infeasible: a host lacks memory for what is offloaded"
 
     def _offload_of(self, trial: Trial) -> Offload:
         choice = trial.instance.choice
