@@ -113,7 +113,9 @@ def test_adding_to_a_reduced_gradient_takes_no_memory_of_its_own(
         transport = rank.transport
         add, scatter = transport.all_reduce, transport.reduce_scatter
         with monkeypatch.context() as changed:
-            changed.setattr(transport, "all_reduce", lambda x, what: (note(x), add(x, what))[1])
+            changed.setattr(
+                transport, "all_reduce", lambda x, what, source: (note(x), add(x, what, source))[1]
+            )
             changed.setattr(
                 transport, "reduce_scatter", lambda x, y, what: (note(y), scatter(x, y, what))[1]
             )
