@@ -8,6 +8,7 @@ It does not know how a placement is found under any of them.
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from planner.errors import InfeasibleError, UsageError
@@ -65,12 +66,14 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
     limit = problem.time_limit_seconds
     others = ScheduleSearch(problem=problem, simulate=simulate, schedules=_others(problem))
     try:
-        _advance(others, FIRST_SHARE * limit)
+        with suppress(UsageError):  # of demands that the layered search refuses too
+            others.advance(FIRST_SHARE * limit)
         rival = math.inf if others.best is None else others.best[1]
         layered = replace(problem, time_limit_seconds=LAYERED_SHARE * limit)
         solution = solve(layered, simulate, progress, rival_seconds=rival)
     except InfeasibleError:
-        found = _fastest(others, (1 - FIRST_SHARE - LAYERED_SHARE) * limit, limit)
+        others.advance(limit, only_until_found=True)
+        found = _fastest(others, limit)
         if found is None:
             raise
         clock = Clock(limit_seconds=VARIANTS_SHARE * limit)
@@ -84,7 +87,7 @@ def solve_any(problem: Problem, simulate: Simulate, progress: Progress | None = 
     if solution.is_interrupted:
         return solution
     known = solution.step_seconds
-    found = _fastest(others, (1 - FIRST_SHARE) * limit - solution.solve_seconds, limit, known)
+    found = _fastest(others, limit, solution.solve_seconds, known)
     if found is None or found[1] >= known:
         found = solution.placement, known
     clock = Clock(limit_seconds=VARIANTS_SHARE * limit)
@@ -161,20 +164,18 @@ def _others(problem: Problem) -> tuple[Schedule, ...]:
 
 
 def _fastest(
-    others: ScheduleSearch, seconds: float, limit_seconds: float, known_seconds: float = math.inf
+    others: ScheduleSearch,
+    limit_seconds: float,
+    layered_seconds: float = math.inf,
+    known_seconds: float = math.inf,
 ) -> tuple[Placement, float] | None:
-    """The fastest placement under any other schedule after so many seconds more, or a share of the
-    limit where that is more; None where none fits."""
-    clock = Clock(limit_seconds=max(seconds, (1 - LAYERED_SHARE - FIRST_SHARE) * limit_seconds))
-    _advance(others, clock.limit_seconds - MOVES_SHARE * limit_seconds, known_seconds)
+    """The fastest placement under any other schedule, after what the first look and the seconds of
+    the layered search leave of the limit, or a share of it where that is more; None where none
+    fits."""
+    left = (1 - FIRST_SHARE - LAYERED_SHARE) * limit_seconds
+    left = max(left, (1 - FIRST_SHARE) * limit_seconds - layered_seconds)
+    clock = Clock(limit_seconds=left)
+    others.advance(left - MOVES_SHARE * limit_seconds, faster_than=known_seconds)
     if others.best is not None and others.best[1] < known_seconds * MAY_LEAD:
         others.improve(clock.left)
     return others.best
-
-
-def _advance(others: ScheduleSearch, seconds: float, known_seconds: float = math.inf) -> None:
-    """Nothing is found where no plan has the meshes demanded."""
-    try:
-        others.advance(seconds, faster_than=known_seconds)
-    except (InfeasibleError, UsageError):
-        return

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from synthetic import chain_cluster, chain_graph, chain_profile
 
+from planner import any_schedule
 from planner.any_schedule import solve_any, with_bound
 from planner.errors import InfeasibleError, UsageError
 from planner.explain.families import FAMILIES, Axis, best_of_family
@@ -97,6 +98,14 @@ def test_where_no_layered_plan_fits_another_may() -> None:
     problem = question(SAVED_BYTES, recompute=False)
     with pytest.raises(InfeasibleError):
         solve_any(problem, simulator(problem))
+
+
+def test_another_is_searched_for_until_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no layered plan fits, whatever the layered search has left of the time."""
+    for name, share in {"FIRST_SHARE": 0.0, "LAYERED_SHARE": 1.0, "MOVES_SHARE": 0.0}.items():
+        monkeypatch.setattr(any_schedule, name, share)
+    problem = question(4 * 4 * SAVED_BYTES, recompute=False)
+    assert solve_any(problem, simulator(problem)).placement.schedule is not Schedule.LAYERED
 
 
 @pytest.mark.parametrize("divides", [True, False])
