@@ -168,7 +168,7 @@ def test_the_first_estimate_is_near_the_best_split(shape: Any) -> None:
     schedule, num_ranks, _, count, _ = shape
     problem = problem_of(num_ranks, count)
     model = modelled(problem, shape)
-    quick = quick_seconds(Builder(problem=problem), model.choice, schedule)
+    quick = quick_seconds(Builder(problem=problem).instance(model.choice), schedule)
     assert quick == pytest.approx(model.seconds(model.improved(model.simple_split()[0])), rel=0.3)
 
 

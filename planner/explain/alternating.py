@@ -9,6 +9,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from planner.errors import InfeasibleError
 from planner.explain.candidates import Candidate, Kind, Mesh, candidates_of
@@ -105,7 +106,7 @@ class ScheduleSearch:
     problem: Problem
     simulate: Callable[[Placement], Simulated]
     schedules: Sequence[Schedule]
-    builder: Builder = field(init=False)
+    _builder: Builder = field(init=False)
     _clock: Clock = field(default_factory=lambda: Clock(limit_seconds=0.0))
     _turns: Iterator[None] = field(init=False)
     _twins: dict[Candidate, list[_Entry]] = field(default_factory=dict)
@@ -125,7 +126,7 @@ class ScheduleSearch:
     """Bytes beyond the limit, pipeline rank and description of the nearest miss."""
 
     def __post_init__(self) -> None:
-        self.builder = Builder(problem=self.problem)
+        self._builder = Builder(problem=self.problem)
         self._turns = self._walk()
 
     @property
@@ -229,9 +230,10 @@ class ScheduleSearch:
         in their partition alone one waits, and the others for it to fail."""
         found = {schedule: _Queue() for schedule in self.schedules}
         self._twins.clear()
+        instance_of = lru_cache(maxsize=1)(self._builder.instance)  # several schedules ask for it
         candidates = candidates_of(choices, self.schedules, self.problem.constraints)
         for number, candidate in enumerate(candidates):
-            seconds = quick_seconds(self.builder, candidate.choice, candidate.schedule)
+            seconds = quick_seconds(instance_of(candidate.choice), candidate.schedule)
             entry = seconds, number, candidate
             self._twins.setdefault(candidate.unpartitioned, []).append(entry)
         for twins in self._twins.values():
@@ -245,7 +247,7 @@ class ScheduleSearch:
 
     def _model_of(self, candidate: Candidate) -> OrderModel:
         return model_of(
-            self.builder, candidate.choice, candidate.schedule, candidate.group_size,
+            self._builder, candidate.choice, candidate.schedule, candidate.group_size,
             self._peak_ratios.get(candidate.kind, ()),
         )  # fmt: skip
 
@@ -267,7 +269,7 @@ class ScheduleSearch:
         model, split, choice = candidate.model, candidate.split, candidate.choice
         assert model is not None
         assert split is not None
-        limits = self.builder.mesh_of(choice).limit_bytes
+        limits = self._builder.mesh_of(choice).limit_bytes
         tried = set()
         for _ in range(_MAX_CORRECTIONS):
             tried.add(split)
@@ -290,7 +292,7 @@ class ScheduleSearch:
 
     def _improved(self, found: _Found, clock: Clock) -> _Found:
         """With single moves that the simulator finds faster; the model says which are tried."""
-        limits = self.builder.mesh_of(found.model.choice).limit_bytes
+        limits = self._builder.mesh_of(found.model.choice).limit_bytes
         tried, num_left = {found.split}, _MAX_MOVES
         moves = iter(found.model.near(found.split, _MAY_LEAD))
         while num_left and clock.left > 0:
@@ -311,7 +313,7 @@ class ScheduleSearch:
     def _leanest(self, model: OrderModel, split: Split) -> tuple[Placement, Simulated]:
         """The first number of buffers that fits, or else, where it nearly fits, the first partition
         beside the choice's own; the last that was tried where none does."""
-        limits = self.builder.mesh_of(model.choice).limit_bytes
+        limits = self._builder.mesh_of(model.choice).limit_bytes
         for placement in self._placements(model, split):
             simulated = self.simulate(placement)
             if simulated.fits(limits):

@@ -149,15 +149,13 @@ class OrderModel:
         return keys_of_figures(self.instance, cuts, units, self._ticks_of_many(cuts, recompute))
 
     def _units_of_many(self, cuts: Cuts, recompute: Flags) -> Cuts:
-        choice = self.choice
-        more, ranks = max(1, choice.num_micro_batches - 1), range(choice.num_pipeline_ranks)
-        held = [num_held(self.schedule, choice, self.group_size, rank) for rank in ranks]
         least, slope = self._one_and_more(cuts, recompute)
-        units = least + (np.array(held) - 1) * slope
+        units = least + (self._held - 1) * slope
         if self.schedule is Schedule.ZERO_BUBBLE and recompute.any():
             # What has been rebuilt stays for the second half of backward, which comes later.
             _, whole = self._one_and_more(cuts, np.zeros_like(recompute))
-            units = units + np.minimum(ranks, more) * (whole - slope)
+            ranks = np.arange(self.choice.num_pipeline_ranks)
+            units = units + np.minimum(ranks, self._num_more) * (whole - slope)
         found: Cuts = units * np.array(self.peak_ratios)
         return found
 
@@ -165,7 +163,18 @@ class OrderModel:
         """Units of memory with one micro-batch, and of each more that is held."""
         least = rank_units_of_many(self.one, cuts, recompute)
         most = rank_units_of_many(self.instance, cuts, recompute)
-        return least, (most - least) / max(1, self.choice.num_micro_batches - 1)
+        return least, (most - least) / self._num_more
+
+    @property
+    def _num_more(self) -> int:
+        """Micro-batches beyond the first; 1 where there are none."""
+        return max(1, self.choice.num_micro_batches - 1)
+
+    @cached_property
+    def _held(self) -> NDArray[np.float64]:
+        """By pipeline rank."""
+        ranks = range(self.choice.num_pipeline_ranks)
+        return np.array([num_held(self.schedule, self.choice, self.group_size, r) for r in ranks])
 
     def _ticks_of_many(self, cuts: Cuts, recompute: Flags) -> Cuts:
         if self._time is None:
@@ -210,9 +219,9 @@ def model_of(
     )
 
 
-def quick_seconds(builder: Builder, choice: Choice, schedule: Schedule) -> float:
+def quick_seconds(instance: Instance, schedule: Schedule) -> float:
     """A first estimate of the step, as if nothing were recomputed unless all is."""
-    instance = builder.instance(choice)
+    choice = instance.choice
     cuts = balanced_stages(_work_before(instance, again=bool(choice.recompute)))
     return _seconds_without_order(instance, schedule, choice.split(cuts))
 
