@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from commands import command
 from planned import assert_same
-from test_run import command, plan
+from test_run import plan
 
 from planner.cli.plan import main as lga_plan
 from planner.errors import UsageError

@@ -1,13 +1,11 @@
 """Two hundred steps of a GPT on real text, through the command line, on one, two and four ranks."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import command
 from torch import Tensor
 from training import EXAMPLES, train_plainly
 
@@ -19,16 +17,9 @@ TIE = "        self.lm_head.weight = self.wte.weight\n"
 _LOSS = re.compile(r"step (\d+)/\d+ .*?loss (\S+)")
 
 
-def command(folder: Path, module: str, *words: str) -> str:
-    found = subprocess.run(
-        [sys.executable, "-c", f"from {module} import main; main()", *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+def done(folder: Path, *words: str) -> str:
+    """What a command says that ends well."""
+    found = command(folder, *words, timeout_seconds=900)
     assert found.returncode == 0, found.stderr
     return found.stdout
 
@@ -36,20 +27,19 @@ def command(folder: Path, module: str, *words: str) -> str:
 def trained(folder: Path, num_ranks: int) -> tuple[list[str], dict[str, Tensor]]:
     """The losses as they are printed, and the weights at the end."""
     plan, weights = f"{num_ranks}.plan.yaml", f"{num_ranks}.pt"
-    command(
-        folder, "planner.cli.plan", "gpt.py", "--gpus", str(num_ranks), "--cluster", "cpu",
+    done(
+        folder, "lga-plan", "gpt.py", "--gpus", str(num_ranks), "--cluster", "cpu",
         "--pipeline-ranks", str(num_ranks), "--batch-size", "16", "--micro-batch-size", "2",
         "--schedule", "layered", "--output", plan,
     )  # fmt: skip
-    said = command(
-        folder, "runtime.launch", plan, "gpt.py", "--steps", str(NUM_STEPS), "--save", weights
-    )
+    said = done(folder, "lga-run", plan, "gpt.py", "--steps", str(NUM_STEPS), "--save", weights)
     losses = _LOSS.findall(said)
     assert [int(step) for step, _ in losses] == list(range(1, NUM_STEPS + 1))
     return [loss for _, loss in losses], torch.load(folder / weights, weights_only=True)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_loss_curve_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
     source = (EXAMPLES / "gpt.py").read_text(encoding="utf-8")
     # A weight that two ranks share would have its gradient added up in another order.

@@ -1,14 +1,12 @@
 """Orders that no family's rule makes, from the command line to what they compute."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner, Result
+from commands import command
 from planned import Chain, assert_same, model_of, traced
 from synthetic import chain_cluster
 from torch import nn
@@ -151,16 +149,7 @@ def test_computes_what_plain_accumulation_does(recompute: bool) -> None:
 @pytest.mark.slow
 def test_best_order_runs_in_processes(folder: Path) -> None:
     tight_plan(folder)
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "lga-run"), "small.plan.yaml", "small.py",
-         "--steps", "2", "--verify"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )  # fmt: skip
+    done = command(folder, "lga-run", "small.plan.yaml", "small.py", "--steps", "2", "--verify")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "22 tensors compared" in done.stdout
     assert "22 bitwise equal" in done.stdout

@@ -6,7 +6,6 @@ than torch's, and several replicas add gradients in another order; both agree to
 and as far as the type goes in half precision.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 from half import assert_same, options_of
-from planned import Chain, model_of, plan_of
-from torch import nn
+from planned import plan_of
+from test_parity_optimizers import MODEL, STAGES, Build
 
 from planner.model_file import ModelFile
 from planner.precision import Precision
 from planner.schedules import Schedule
 
-Build = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 PRECISIONS = (Precision.MODEL, Precision.BFLOAT16, Precision.FLOAT16)
 OPTIMIZERS: dict[str, Build] = {
     "SGD": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
@@ -51,7 +49,6 @@ REPLICATED = tuple(
     for ranks in (1, 2)
     for offload in (False, True)
 )
-STAGES = (0, 2, 4, 6, 9)
 SCALES = ("clipped", "clipped later")
 
 
@@ -60,18 +57,8 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def layer() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.2))
-
-
 def trained_by(build: Build) -> ModelFile:
     return replace(MODEL, build_optimizer=build)
-
-
-MODEL = replace(
-    model_of(lambda: Chain(layer)),
-    build_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
-)
 
 
 def goes_together(precision: Precision, end: str) -> bool:

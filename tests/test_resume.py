@@ -1,14 +1,13 @@
 """A run that stops and goes on under another plan, through the command line."""
 
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import command
 from stepping import on_every_rank
 from training import EXAMPLES, even_plan, example, train_by_plan
 
@@ -23,15 +22,7 @@ MODEL = str(EXAMPLES / "mlp.py")
 
 
 def lga_run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-c", "from runtime.launch import main; main()", *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return command(folder, "lga-run", *words)
 
 
 def two_ranks() -> Plan:

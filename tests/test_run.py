@@ -1,15 +1,13 @@
 """From a model file to trained weights, as a user does it: real commands, real processes, gloo."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import command
 from training import EXAMPLES, even_plan, example, train_by_plan
 
 from planner.cli.plan import main as lga_plan
@@ -18,20 +16,6 @@ from planner.plan.file import read_plan, write_plan
 from planner.plan.types import Opcode, PlanOptions
 from planner.schedules import Schedule
 from runtime.build import build_model
-
-TOOLS = Path(sys.executable).parent
-
-
-def command(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [str(TOOLS / words[0]), *words[1:]],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
 
 
 def plan(folder: Path, model: str, *options: str) -> Path:

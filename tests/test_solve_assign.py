@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from commands import command
 from exhaustive import best_seconds, random_problem, simulator
 from solve_chain import Layer, choice_of, make_cluster, make_problem, split_of
-from test_run import command
 from test_solve_simulated import EXACT, work
 
 from planner.cli.plan import main as lga_plan

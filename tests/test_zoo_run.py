@@ -3,14 +3,12 @@
 What is left after two steps is what plain training in one process leaves.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import command
 from training import relative_rms, train_plainly
 from zoo import PATHS
 
@@ -42,15 +40,7 @@ def plan(model: str, output: Path) -> Plan:
 
 
 def run(folder: Path, *words: str) -> str:
-    result = subprocess.run(
-        [str(Path(sys.executable).parent / "lga-run"), *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    result = command(folder, "lga-run", *words, timeout_seconds=250)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
