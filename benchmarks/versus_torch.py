@@ -1,11 +1,12 @@
 """Ours against what a user would pick: torch's pipelining, FSDP2 and DDP, in one run.
 
 `python benchmarks/versus_torch.py --ranks 2` starts that many gloo processes, which stay alive and
-train the same GPT on the same batch and micro-batches with every contender in turns. For each of
-torch's ways there is the plan of the same mesh, and for all of them the plan that the solver makes
-when nothing is demanded. Gradients are compared with one process first. Ratios are taken within
-each round, so that what else the machine does cancels. Exits with 1 where a gradient differs, or
-where ours takes longer beyond the noise, or more memory.
+train the same GPT on the same batch and micro-batches with every contender in turns. Each of
+torch's ways is weighed first. Ours is then the plan of the very same order, or, where that takes
+more memory than torch did, the plan that the solver makes for the same mesh within it. Gradients
+are compared with one process. Ratios are taken within each round, so that what else the machine
+does cancels. Exits with 1 where a gradient differs, or where ours takes longer beyond the noise, or
+more memory.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 from versus_torch_model import Sizes
-from versus_torch_ours import Contest, contests, free_plan, plan_of, prepared_for
+from versus_torch_ours import Contest, contests, plan_within, prepared_for
 from versus_torch_ranks import Entry, Measured, measure
 
 from planner.cluster import resolve_cluster
@@ -30,7 +31,6 @@ TOLERANCE = 1e-6
 """Of gradients: fp32 sums in other orders, over the largest of a parameter."""
 MEMORY_TOLERANCE = 1.001
 """Scalars and the like."""
-FREE = "solver's choice"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +39,6 @@ class Verdict:
 
     theirs: Measured
     ours: Measured
-    is_same_mesh: bool
-    """Else ours is the solver's choice, which is shown, but judged by its gradients alone: it may
-    trade memory for time, and what it expects of this machine was measured beside other work."""
 
     @property
     def time_ratios(self) -> list[float]:
@@ -67,11 +64,11 @@ class Verdict:
 
     @property
     def is_slower(self) -> bool:
-        return self.is_same_mesh and self.time_interval[0] > 1.0
+        return self.time_interval[0] > 1.0
 
     @property
     def takes_more(self) -> bool:
-        return self.is_same_mesh and self.memory_ratio > MEMORY_TOLERANCE
+        return self.memory_ratio > MEMORY_TOLERANCE
 
 
 def median_interval(ascending: list[float]) -> tuple[float, float]:
@@ -96,11 +93,10 @@ def median_interval(ascending: list[float]) -> tuple[float, float]:
 @click.option("--batch-size", default=Sizes().global_batch_size, show_default=True)
 @click.option("--micro-batch-size", default=Sizes().micro_batch_size, show_default=True)
 @click.option("--fused", is_flag=True, help="AdamW in one kernel, for all.")
-@click.option("--free/--no-free", default=True, help="Also the plan of the solver's choice.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write every figure here.")
 def main(
     ranks: int, rounds: int, only: tuple[str, ...], blocks: int, width: int, context: int,
-    batch_size: int, micro_batch_size: int, fused: bool, free: bool, path: Path | None,
+    batch_size: int, micro_batch_size: int, fused: bool, path: Path | None,
 ) -> None:  # fmt: skip
     """Time and weigh ours against torch's own ways on this machine."""
     sizes = Sizes(
@@ -111,10 +107,8 @@ def main(
     if not wanted:
         raise click.UsageError(f"no contender's name begins with {' or '.join(only)}")
     prepared = prepared_for(sizes, resolve_cluster("cpu", ranks), ranks)
-    found = compared(sizes, wanted, prepared, rounds, with_free=free)
-    console.print(table([verdict for verdict in found if verdict.is_same_mesh]))
-    if free:
-        console.print(table([verdict for verdict in found if not verdict.is_same_mesh]))
+    found = compared(sizes, wanted, prepared, rounds)
+    console.print(table(found))
     failed = [problem for verdict in found for problem in problems(verdict)]
     for problem in dict.fromkeys(failed):
         console.print(problem)
@@ -125,31 +119,23 @@ def main(
 
 
 def compared(
-    sizes: Sizes, wanted: list[Contest], prepared: Prepared, num_rounds: int, *, with_free: bool
+    sizes: Sizes, wanted: list[Contest], prepared: Prepared, num_rounds: int
 ) -> list[Verdict]:
-    """Plan, run and pair."""
-    entries = []
-    for contest in wanted:
-        entries.append(
-            Entry(name=contest.name, theirs=contest.theirs, boundaries=contest.boundaries)
-        )
-        entries.append(Entry(name=name_of_ours(contest), plan=plan_of(prepared, contest.placement)))
-    if with_free:
-        plan = free_plan(prepared)
-        console.print(f"{FREE}: {described(plan)}", markup=False)
-        entries.append(Entry(name=FREE, plan=plan))
+    """Weigh theirs, plan within that, run all and pair."""
     num_ranks = prepared.problem.num_devices
+    theirs = [Entry(name=c.name, theirs=c.theirs, boundaries=c.boundaries) for c in wanted]
+    weighed = measure(sizes, theirs, num_ranks, 0)
+    entries = list(theirs)
+    for contest, other in zip(wanted, weighed, strict=True):
+        plan = plan_within(prepared, contest.placement, max(other.peak_bytes))
+        console.print(f"{name_of_ours(contest)}: {described(plan)}", markup=False)
+        entries.append(Entry(name=name_of_ours(contest), plan=plan))
     found = {m.name: m for m in measure(sizes, entries, num_ranks, num_rounds)}
-    pairs = [(contest.name, name_of_ours(contest)) for contest in wanted]
-    pairs += [(contest.name, FREE) for contest in wanted if with_free]
-    return [
-        Verdict(theirs=found[theirs], ours=found[mine], is_same_mesh=mine != FREE)
-        for theirs, mine in pairs
-    ]
+    return [Verdict(theirs=found[c.name], ours=found[name_of_ours(c)]) for c in wanted]
 
 
 def name_of_ours(contest: Contest) -> str:
-    """Name of our plan of the same mesh."""
+    """Name of our plan against one of torch's ways."""
     return f"ours: {contest.name}"
 
 
@@ -179,8 +165,7 @@ def problems(verdict: Verdict) -> list[str]:
 
 def table(verdicts: list[Verdict]) -> Table:
     """A row per pair; `time`, `CPU` and `memory` are ours over theirs."""
-    mine = "the plan of the same mesh" if verdicts[0].is_same_mesh else FREE
-    title = f"theirs against {mine}: median step of the slowest rank, peak of the fullest"
+    title = "ours against theirs: median step of the slowest rank, peak of the fullest"
     found = Table(title=title, title_justify="left")
     for head in ("theirs", "ms", "ours ms", "time", "95 %", "CPU", "MiB", "ours MiB", "memory",
                  "gradients"):  # fmt: skip

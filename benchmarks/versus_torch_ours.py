@@ -1,12 +1,14 @@
-"""Our side: for each of torch's ways the plan of the same mesh, and the plan the solver prefers.
+"""Our side: for each of torch's ways the plan of the same order, or the solver's in as much memory.
 
-The same mesh means as many replicas, pipeline ranks, stages and micro-batches, the same layers in
-each stage, the same order of compute and the same share of the state on each replica. This module
-knows plans. It does not time anything.
+The same order means as many replicas, pipeline ranks, stages and micro-batches, the same layers in
+each stage, the same order of compute and the same share of the state on each replica. What takes
+more memory there are the sums of gradients, which lie in one place from a stage's first backward
+on: orders that keep all micro-batches until then have no room for them. This module knows plans. It
+does not time anything.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -20,14 +22,14 @@ from planner.pipeline import find_plan
 from planner.plan.types import Plan
 from planner.prepare import Prepared, prepare
 from planner.schedules import Schedule
-from planner.solve import Placement
+from planner.solve import Constraints, Placement
 from runtime.build import make_executor
 from runtime.exchange import Channel
 from runtime.shards import UnitState
 from runtime.transfer import DistributedTransport
 from runtime.transport import Pending
 
-__all__ = ["Contest", "OurContender", "contests", "free_plan", "plan_of", "prepared_for"]
+__all__ = ["Contest", "OurContender", "contests", "plan_within", "prepared_for"]
 
 SCHEDULES = {
     "GPipe": Schedule.GPIPE,
@@ -38,6 +40,8 @@ SCHEDULES = {
 DATA_PARALLEL_STAGES = {None: 3, Sharding.KEEP: 2, Sharding.RESHARD: 4}
 """Units of gathers, reductions and updates where one rank has the whole model."""
 PARTITIONS = {None: 0, Sharding.KEEP: 2, Sharding.RESHARD: 3}
+MEASURED_OVER_PLANNED = 1.01
+"""A run may take so much more memory than its plan says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,21 +111,41 @@ def prepared_for(sizes: Sizes, cluster: Cluster, num_ranks: int) -> Prepared:
         num_devices=num_ranks,
         cluster=cluster,
         global_batch_size=sizes.global_batch_size,
-        time_limit_seconds=10,
+        time_limit_seconds=5,
     )
 
 
-def plan_of(prepared: Prepared, placement: Placement) -> Plan:
-    """The proved plan of a placement."""
-    plan, _ = prepared.lowered(placement)
+def plan_within(prepared: Prepared, placement: Placement, peak_bytes: int) -> Plan:
+    """The proved plan of a placement, or the solver's for its mesh, within so much memory."""
+    limit_bytes = int(peak_bytes / MEASURED_OVER_PLANNED)
+    plan, simulation = prepared.lowered(placement)
+    if max(simulation.peak_bytes) > limit_bytes:
+        plan = _planned_within(prepared, placement, limit_bytes)
     report = check(plan)
     assert report.passed, report
     return plan
 
 
-def free_plan(prepared: Prepared) -> Plan:
-    """The one that lga-plan makes when nothing is demanded."""
-    return find_plan(prepared).plan
+def _planned_within(prepared: Prepared, placement: Placement, limit_bytes: int) -> Plan:
+    """Which layers each stage has, how many stages, and what is recomputed are left to the solver.
+
+    1F1B idles as GPipe does, and keeps less. Offload would win nothing where a CPU is the device.
+    """
+    is_gpipe = placement.schedule is Schedule.GPIPE
+    problem = replace(
+        prepared.problem,
+        memory_limit_bytes=limit_bytes,
+        constraints=Constraints(
+            num_replicas=placement.num_replicas,
+            num_pipeline_ranks=placement.num_pipeline_ranks,
+            micro_batch_size=placement.micro_batch_size,
+            partition=placement.partition,
+            offload_state=False,
+            offload_inputs=False,
+            schedule=Schedule.ONE_F_ONE_B if is_gpipe else Schedule.LAYERED,
+        ),
+    )
+    return find_plan(replace(prepared, problem=problem)).plan
 
 
 class OurContender:

@@ -134,7 +134,7 @@ def _flat_gradient(parameter: Tensor) -> Tensor:
 
 def _build(sizes: Sizes, entry: Entry, batch: Batch, wanted: Mapping[str, Tensor]) -> _Built:
     """Built, compared in its first step, and weighed in its third."""
-    memory = Memory(batch.values())
+    memory = Memory([*batch.values(), *wanted.values()])
     comparison = _Comparison(wanted)
     with memory.watching():
         contender: Contender

@@ -23,13 +23,14 @@ def test_every_contender_finds_the_gradients_of_one_process() -> None:
     sizes = Sizes(num_blocks=4, width=32, context=8, global_batch_size=8)
     prepared = prepared_for(sizes, chain_cluster(2), 2)
     wanted = list(contests(sizes, 2))
-    found = compared(sizes, wanted, prepared, 1, with_free=False)
+    found = compared(sizes, wanted, prepared, 1)
     assert len(found) == len(wanted) == 7
     for verdict in found:
         assert verdict.theirs.difference <= TOLERANCE, verdict.theirs
         assert verdict.ours.difference <= TOLERANCE, verdict.ours
         assert min(*verdict.theirs.peak_bytes, *verdict.ours.peak_bytes) > 0
         assert len(verdict.time_ratios) == 1
+        assert not verdict.takes_more, verdict
 
 
 def measured(name: str, seconds: list[float], peak_bytes: int, difference: float = 0.0) -> Measured:
@@ -42,9 +43,9 @@ def measured(name: str, seconds: list[float], peak_bytes: int, difference: float
     )
 
 
-def verdict(ours: Measured, *, is_same_mesh: bool = True) -> Verdict:
+def verdict(ours: Measured) -> Verdict:
     theirs = measured("theirs", [1.0] * len(ours.seconds), 1000)
-    return Verdict(theirs=theirs, ours=ours, is_same_mesh=is_same_mesh)
+    return Verdict(theirs=theirs, ours=ours)
 
 
 def test_ours_fails_where_it_is_slower_beyond_the_noise_or_larger_or_wrong() -> None:
@@ -57,13 +58,6 @@ def test_ours_fails_where_it_is_slower_beyond_the_noise_or_larger_or_wrong() -> 
     for difference in (1e-5, math.inf, math.nan):
         (wrong,) = problems(verdict(measured("ours", [0.9] * 7, 10, difference)))
         assert "gradients differ" in wrong
-
-
-def test_the_solvers_choice_is_judged_by_its_gradients_alone() -> None:
-    other = measured("ours", [2.0] * 7, 2000)
-    assert problems(verdict(other, is_same_mesh=False)) == []
-    wrong = measured("ours", [0.5] * 7, 500, 1.0)
-    assert len(problems(verdict(wrong, is_same_mesh=False))) == 1
 
 
 def test_the_interval_holds_the_median_in_95_of_100_samples() -> None:
@@ -91,5 +85,5 @@ def test_the_whole_table(num_ranks: int, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr  # 1: this machine's noise is not judged here
     figures = json.loads(path.read_text())
-    assert len(figures) == {2: 15, 4: 23}[num_ranks]
+    assert len(figures) == {2: 14, 4: 22}[num_ranks]
     assert all(figure["difference"] <= TOLERANCE for figure in figures.values())
