@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Entry", "Exit"]
+__all__ = ["Entry", "Exit", "enter"]
 
 
 class Entry(torch.autograd.Function):
@@ -48,3 +48,12 @@ class Exit(torch.autograd.Function):
         found = tuple(ctx.gradients.values())
         ctx.gradients.clear()
         return None, *found
+
+
+_apply: Any = super(torch.autograd.Function, Entry).apply
+
+
+def enter(anchor: Tensor, value: Tensor, sink: dict[str, Tensor], name: str, copy: bool) -> Tensor:
+    """`Entry.apply` without its look for torch.func transforms, which takes a third of its time."""
+    entered: Tensor = _apply(anchor, value, sink, name, copy)
+    return entered

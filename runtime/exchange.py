@@ -74,21 +74,21 @@ class ExchangeTransport(ABC):
         """The open wire of a channel that this rank is a member of."""
 
     def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        _check(tensor)
+        assert tensor.is_contiguous(), what
         self.traffic.add("send", tensor.nbytes)
-        if peer not in self._ways_to:
+        way = self._ways_to.get(peer)
+        if way is None:
             other = self._world_rank(peer)
-            self._ways_to[peer] = other, self._wire(Channel("pair", (self._rank, other)))
-        other, wire = self._ways_to[peer]
-        return wire.send(other, tensor, what)
+            way = self._ways_to[peer] = other, self._wire(Channel("pair", (self._rank, other)))
+        return way[1].send(way[0], tensor, what)
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        _check(tensor)
-        if peer not in self._ways_from:
+        assert tensor.is_contiguous(), what
+        way = self._ways_from.get(peer)
+        if way is None:
             other = self._world_rank(peer)
-            self._ways_from[peer] = other, self._wire(Channel("pair", (other, self._rank)))
-        other, wire = self._ways_from[peer]
-        return wire.receive(other, tensor, what)
+            way = self._ways_from[peer] = other, self._wire(Channel("pair", (other, self._rank)))
+        return way[1].receive(way[0], tensor, what)
 
     def gather(self, shard: Tensor, output: Tensor, what: str) -> Pending:
         _check(shard, output)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from planner.errors import UsageError
-from planner.passages import Entry
+from planner.passages import enter
 from planner.plan.types import StagePlan
 from runtime.code import LossFunction, StageProgram
 from runtime.module_buffers import ModuleBuffers
@@ -132,7 +132,7 @@ class Stage:
         for name, value in inputs.items():
             copy = name in self.plan.mutated_inputs
             if name in self._gradient_tensors:
-                values[name] = Entry.apply(self._anchor, value, sink, name, copy)  # type: ignore[no-untyped-call]
+                values[name] = enter(self._anchor, value, sink, name, copy)
                 edges[name] = GradientEdge(values[name].grad_fn, 0)  # type: ignore[arg-type]
             else:
                 values[name] = value.clone() if copy else value

@@ -158,7 +158,7 @@ class DistributedTransport(ExchangeTransport):
     ) -> Pending:
         wire = self._wires[channel]
         peers = tuple(rank for rank in channel.members if rank != self._rank)
-        return wire.start(call, (wire.group,), what, peers, ())
+        return wire.start(call, what, peers)
 
 
 class _GroupWire:
@@ -180,28 +180,29 @@ class _GroupWire:
 
     def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
         sent = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        arguments = [sent], self._places[peer], 0
-        return self.start(self.group.send, arguments, what, (peer,), (tensor,))
+        try:
+            work = self.group.send([sent], self._places[peer], 0)
+        except RuntimeError as error:
+            raise self.error(error, what, (peer,)) from error
+        return _Started(self, work, what, (peer,), tensor)
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
         room = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        arguments = [room], self._places[peer], 0
-        return self.start(self.group.recv, arguments, what, (peer,), (tensor,))
+        try:
+            work = self.group.recv([room], self._places[peer], 0)
+        except RuntimeError as error:
+            raise self.error(error, what, (peer,)) from error
+        return _Started(self, work, what, (peer,), tensor)
 
     def start(
-        self,
-        call: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        what: str,
-        peers: tuple[int, ...],
-        tensors: tuple[Tensor, ...],
+        self, call: Callable[[dist.ProcessGroup], Any], what: str, peers: tuple[int, ...]
     ) -> Pending:
-        self.num_pending += 1
+        """A collective of the library's own."""
         try:
-            work = call(*arguments)
+            work = call(self.group)
         except RuntimeError as error:
             raise self.error(error, what, peers) from error
-        return _Started(self, work, what, peers, tensors)
+        return _Started(self, work, what, peers, None)
 
     def error(self, error: RuntimeError, what: str, peers: tuple[int, ...]) -> RunError:
         names = ", ".join(rank_name(peer, self._plan.grid) for peer in peers)
@@ -211,7 +212,7 @@ class _GroupWire:
 class _Started:
     """A message under way. Holds its Work (dropping a receive's cancels it) and its tensor."""
 
-    __slots__ = ("_peers", "_tensors", "_what", "_wire", "_work")
+    __slots__ = ("_peers", "_tensor", "_what", "_wire", "_work")
 
     def __init__(
         self,
@@ -219,13 +220,14 @@ class _Started:
         work: dist.Work,
         what: str,
         peers: tuple[int, ...],
-        tensors: tuple[Tensor, ...],
+        tensor: Tensor | None,
     ) -> None:
+        wire.num_pending += 1
         self._wire = wire
         self._work: dist.Work | None = work
         self._what = what
         self._peers = peers
-        self._tensors = tensors
+        self._tensor = tensor
 
     def wait(self) -> None:
         if self._work is None:
@@ -234,8 +236,7 @@ class _Started:
             self._work.wait()  # without a limit of its own: the group's is the deadline
         except RuntimeError as error:
             raise self._wire.error(error, self._what, self._peers) from error
-        self._work = None
-        self._tensors = ()
+        self._work = self._tensor = None
         self._wire.num_pending -= 1
 
 

@@ -72,10 +72,18 @@ class _Forward(_Compute):
         self._evicted = [name for name in kept if buffer_key(name) in rank.program.evicted]
         """Buffers that the stage's backward reads, and that leave the device before."""
         self._saved_leaves = buffer_key(self.saved_name) in rank.program.evicted
+        leaves = self._saved_leaves or bool(self._evicted)
+        self._stays = not leaves and not rank.plan.gathers
+        """Whether all that backward needs is where it was when it is needed."""
 
     def save(self) -> None:
         """With what backward needs."""
         inputs, batch = self._take()
+        if self._stays:
+            outputs, saved = self.stage.forward_saving(inputs, batch)
+            self.rank.buffers[self.saved_name] = saved
+            self._hand_on(outputs)
+            return
         moving = self._moving()
         with self._hooks(moving):
             outputs, saved = self.stage.forward_saving(inputs, batch)
@@ -122,8 +130,8 @@ class _Forward(_Compute):
 
     def _hooks(self, moving: SavedTensors | None) -> AbstractContextManager[object]:
         """Gathered weights may move between forward and backward, and what the plan evicts."""
-        if moving is None and not self.rank.plan.gathers:
-            return _NO_HOOKS
+        if self._stays:
+            return nullcontext()
         holder = moving or self.rank.weights
         return torch.autograd.graph.saved_tensors_hooks(holder.pack, holder.unpack)
 
@@ -169,12 +177,16 @@ class _Backward(_Compute):
         self._units = [state for state in units if state.unit.trainable]
         self._exact = [state for state in self._units if state.unit.exact]
         sums = [state for state in self._units if rank.sum_of(state) in instruction.writes]
-        self._starting = [rank.total(s) for s in sums if rank.sum_of(s) not in instruction.reads]
+        starting = [state for state in sums if rank.sum_of(state) not in instruction.reads]
+        self._starting = [rank.total(state) for state in starting]
         """Sums that start anew."""
         self._targets = [
-            pair for state in sums if not state.unit.exact for pair in rank.gradient_views(state)
+            pair
+            for state in starting
+            if not state.unit.exact
+            for pair in rank.gradient_views(state)
         ]
-        """Parameters, and where their gradients are added up."""
+        """Parameters, and where their gradients are added up from now on."""
         self._parameters = [s.parameters[name] for s in self._units for name in s.trainable]
         self._gradients = _gradients(instruction.reads)
         self._found = _gradients(instruction.writes)
@@ -237,9 +249,6 @@ class _Backward(_Compute):
 
     def _part_name(self, state: UnitState) -> str:
         return f"part:{state.unit.name}.{self.micro_batch}"
-
-
-_NO_HOOKS = nullcontext()
 
 
 def _gradients(names: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -56,11 +56,12 @@ def receive(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     (name,) = instruction.writes
     spec = rank.specs[tensor_of(name)]
     stride, dtype = dense_stride(spec.shape, spec.stride), getattr(torch, spec.dtype)
+    is_contiguous = torch.empty_strided(spec.shape, stride, device="meta").is_contiguous()
 
     def run() -> None:
         tensor = torch.empty_strided(spec.shape, stride, dtype=dtype, device=rank.device)
         rank.buffers[name] = tensor
-        vector = tensor if tensor.is_contiguous() else flat(tensor)
+        vector = tensor if is_contiguous else flat(tensor)
         pending = rank.transport.receive(peer, vector, what)
         rank.buffers.pending(instruction, pending)
 
@@ -73,12 +74,13 @@ def send(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     (name,) = instruction.reads
     spec = rank.specs[tensor_of(name)]
     stride = dense_stride(spec.shape, spec.stride)
+    is_contiguous = torch.empty_strided(spec.shape, stride, device="meta").is_contiguous()
 
     def run() -> None:
         tensor = rank.buffers[name]
         if tensor.stride() != stride:
             tensor = empty(spec, rank.device).copy_(tensor)
-        vector = tensor if tensor.is_contiguous() else flat(tensor)
+        vector = tensor if is_contiguous else flat(tensor)
         rank.sends.add(rank.transport.send(peer, vector, what), vector)
 
     return run
