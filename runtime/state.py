@@ -1,7 +1,7 @@
 """Everything one rank holds while it runs a plan: parameters, buffers, stages, optimizers."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from planner.compute_type import to_compute_type
 from planner.plan.names import kind_of
-from planner.plan.types import Instruction, Plan
+from planner.plan.types import Instruction, Opcode, Plan
 from planner.precision import Precision
 from planner.schedules import Schedule
-from runtime.buffers import Buffers, Sends
+from runtime.buffers import Buffers, DeviceSends, Sends
 from runtime.code import LossFunction
+from runtime.cuda import streams_of
 from runtime.host import HostMemory
 from runtime.loss_scale import LossScale
 from runtime.loss_weights import LossWeights
@@ -24,7 +25,8 @@ from runtime.random import KeyedRandom
 from runtime.shards import UnitState
 from runtime.sizes import check_table, make_pools
 from runtime.stage import Stage, modules_of
-from runtime.transport import Transport
+from runtime.streams import Figure
+from runtime.transport import Pending, Transport
 from runtime.weights import WeightBuffers
 
 __all__ = ["GradientObserver", "RankState"]
@@ -50,10 +52,14 @@ class RankState:
     ) -> None:
         self.plan, self.transport, self.device = plan, transport, device
         self.rank, self.replica = plan.coordinates(world_rank)
-        self.training, self.evaluation = _programs(plan, self.rank)
+        self.streams = streams_of(plan, world_rank, device)
+        self.training, self.evaluation = _programs(
+            plan, self.rank, loads_beside=self.streams.is_asynchronous
+        )
         self.random = KeyedRandom(plan.options.seed)
-        self.buffers, self.sends = Buffers(), Sends()
-        self.host = HostMemory(device, offload_folder)
+        self.buffers = Buffers()
+        self.sends = DeviceSends() if self.streams.is_asynchronous else Sends()
+        self.host = HostMemory(self.streams, offload_folder)
         self.step = 0
         is_scaled = plan.options.precision is Precision.FLOAT16
         self.loss_scale = LossScale() if is_scaled else None
@@ -101,10 +107,17 @@ class RankState:
         self.index = index
         """Of the instruction that runs."""
         self.losses: dict[int, Tensor] = {}
-        self.finite: Tensor | None = None
+        self.is_finite: Figure | None = None
+        """Whether all gradients are, where the program checks it and has come so far."""
         self.not_finite: list[str] = []
         """Parameters of this rank that CHECK_FINITE found a bad gradient of."""
-        self.gradient_norm: Tensor | None = None
+        self.gradient_norm: Figure | None = None
+
+    def started(self, instruction: Instruction) -> Iterable[Pending]:
+        """What the instruction that has just run has started."""
+        if instruction.opcode is Opcode.SEND and isinstance(self.sends, DeviceSends):
+            return (self.sends.newest,)
+        return self.buffers.arriving(instruction.writes)
 
     def unit(self, instruction: Instruction) -> UnitState:
         assert instruction.unit is not None
@@ -225,15 +238,16 @@ class RankState:
                 self.drop(name)
 
 
-def _programs(plan: Plan, rank: int) -> tuple[Program, Program]:
+def _programs(plan: Plan, rank: int, *, loads_beside: bool) -> tuple[Program, Program]:
     """Of a step and of an evaluation; empty where the plan has none."""
     only_evaluates = plan.schedule is Schedule.FORWARD
     training = () if only_evaluates else plan.programs[rank]
     programs = plan.programs if only_evaluates else plan.evaluation
     evaluation = programs[rank] if programs else ()
+    given: Any = {"offloaded": plan.offloaded, "loads_beside": loads_beside}
     return (
-        Program(training, is_evaluation=False, offloaded=plan.offloaded),
-        Program(evaluation, is_evaluation=True, offloaded=plan.offloaded),
+        Program(training, is_evaluation=False, **given),
+        Program(evaluation, is_evaluation=True, **given),
     )
 
 
