@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["MOST_AHEAD", "RunAhead"]
+__all__ = ["MOST_AHEAD", "Event", "RunAhead"]
 
 MOST_AHEAD = 8
 """Compute instructions that may be issued and not over. One layer's kernels take about as long as a
@@ -19,8 +19,11 @@ memory."""
 _POLL_SECONDS = 2e-5
 
 
-class _Event(Protocol):
-    def query(self) -> bool: ...
+class Event(Protocol):
+    """A place among what a device has been given."""
+
+    def query(self) -> bool:
+        """Whether it has been passed."""
 
 
 class RunAhead:
@@ -28,7 +31,7 @@ class RunAhead:
 
     def __init__(
         self,
-        event: Callable[[], _Event],
+        event: Callable[[], Event],
         deadline_seconds: float,
         late: Callable[[], Exception],
         most: int = MOST_AHEAD,
@@ -43,7 +46,7 @@ class RunAhead:
         self._event, self._late = event, late
         self._deadline_seconds = deadline_seconds
         self._most = most
-        self._issued: deque[_Event] = deque()
+        self._issued: deque[Event] = deque()
 
     def begin(self) -> None:
         """Before a compute is issued: blocks while `most` are under way.
@@ -53,7 +56,18 @@ class RunAhead:
         """
         if len(self._issued) < self._most:
             return
-        event = self._issued.popleft()
+        self.wait(self._issued.popleft())
+
+    def end(self) -> None:
+        """It has been issued."""
+        self._issued.append(self._event())
+
+    def wait(self, event: Event) -> None:
+        """Block until the device has passed an event.
+
+        Raises:
+            DeadlineError: or whatever `late` makes.
+        """
         if event.query():
             return
         ends = time.monotonic() + self._deadline_seconds
@@ -61,7 +75,3 @@ class RunAhead:
             if time.monotonic() > ends:
                 raise self._late()
             time.sleep(_POLL_SECONDS)
-
-    def end(self) -> None:
-        """It has been issued."""
-        self._issued.append(self._event())

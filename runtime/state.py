@@ -71,16 +71,13 @@ class RankState:
         self.begin(self.training, {})
         mine = [stage for stage in plan.stages if stage.rank == self.rank]
         names = {name for stage in mine for name in stage.units}
-        self.units = {
-            unit.name: UnitState(unit, plan, model, self.replica)
-            for unit in plan.units
-            if unit.name in names
-        }
-        self.optimizers = {
-            name: UnitOptimizer(state, build_optimizer, build_scheduler)
-            for name, state in self.units.items()
-            if state.unit.trainable
-        }
+        self.units: dict[str, UnitState] = {}
+        self.optimizers: dict[str, UnitOptimizer] = {}
+        for unit in plan.units:
+            if unit.name in names:
+                self._take(
+                    UnitState(unit, plan, model, self.replica), build_optimizer, build_scheduler
+                )
         programs = (self.training, self.evaluation)
         check_table(plan, self.rank, self.units, programs)
         self._forget_others(model)
@@ -99,7 +96,6 @@ class RankState:
         self._gradient_views: dict[
             tuple[str, str], list[tuple[torch.nn.Parameter, Tensor]]
         ] = {}  # fmt: skip
-        self._offload_state()
 
     def begin(self, program: Program, batch: Mapping[str, Tensor], index: int = 0) -> None:
         """A step or an evaluation starts, or one of its instructions is made ready."""
@@ -220,22 +216,32 @@ class RankState:
         found += [self.buffers["clip:scale"]] if self.plan.options.clip_delayed else []
         return found + [t for optimizer in self.optimizers.values() for t in optimizer.tensors()]
 
+    def _take(
+        self,
+        state: UnitState,
+        build_optimizer: BuildOptimizer,
+        build_scheduler: BuildScheduler | None,
+    ) -> None:
+        """What is gathered or offloaded leaves at once: the device need not hold all of it twice.
+
+        Every step finds in host memory what the plan offloads.
+        """
+        unit = state.unit.name
+        self.units[unit] = state
+        if state.unit.trainable:
+            self.optimizers[unit] = UnitOptimizer(state, build_optimizer, build_scheduler)
+        if self.plan.gathers:
+            state.detach_weights()
+        for name in (f"{kind}:{unit}" for kind in self.plan.offloaded):
+            self.host.keep(f"host:{name}", self.value(name)).wait()
+            self.drop(name)
+
     def _forget_others(self, model: torch.nn.Module) -> None:
-        """Parameters of other ranks hold no memory, nor do gathered ones until they are."""
+        """Parameters of other ranks hold no memory."""
         held = {id(p) for state in self.units.values() for p in state.parameters.values()}
         for parameter in model.parameters():
             if id(parameter) not in held:
                 parameter.data = parameter.data.new_empty(0)
-        if self.plan.gathers:
-            for state in self.units.values():
-                state.detach_weights()
-
-    def _offload_state(self) -> None:
-        """Where every step finds what the plan offloads: in host memory."""
-        for unit in self.units:
-            for name in (f"{kind}:{unit}" for kind in self.plan.offloaded):
-                self.host.keep(f"host:{name}", self.value(name)).wait()
-                self.drop(name)
 
 
 def _programs(plan: Plan, rank: int, *, loads_beside: bool) -> tuple[Program, Program]:
