@@ -15,7 +15,9 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-# Before torch is imported. Pinned memory is otherwise taken in powers of two.
+# Before torch is imported: hardware queues for all streams, as runtime.session sees to; and pinned
+# memory, which is otherwise taken in powers of two.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault(
     "PYTORCH_ALLOC_CONF", "pinned_max_round_threshold_mb:1,expandable_segments:True"
 )

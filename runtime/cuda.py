@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from planner.errors import DeadlineError
-from planner.plan.types import Opcode, Plan
+from planner.plan.types import Instruction, Opcode, Plan
 from runtime.ranks import rank_name
 from runtime.run_ahead import RunAhead
 from runtime.streams import Action, CpuStreams, Figure, Issued, Moments, Streams
@@ -58,7 +58,7 @@ class CudaStreams:
         self._ways = {way: cuda.Stream(device) for way in ("in", "out")}
         self._watches: dict[tuple[str, Opcode], Any] = {}
         """By stream of the plan and opcode: a stream on which nothing runs. It goes along with what
-        runs where no event can be recorded, in a communicator's own stream."""
+        runs where no event can be recorded, on a communicator's own stream."""
         self._beside: dict[int, _Beside] = {}
         """Index -> what did not run on the stream of compute, in this step."""
         self._run_ahead = RunAhead(self._passed, deadline_seconds, self._late)
@@ -127,26 +127,31 @@ class CudaStreams:
         return run
 
     def _watched(self, issued: Issued, act: Action) -> Action:
-        key = issued.instruction.stream, issued.instruction.opcode
-        if key not in self._watches:
-            self._watches[key] = self._cuda.Stream(self._device)
-        watch, way = self._watches[key], self._ways.get(key[0].removeprefix("copy."))
+        side = self._side(issued.instruction)
 
         def run() -> None:
             start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
-            watch.wait_stream(self._compute)
-            if way is not None:
-                watch.wait_stream(way)
-            start.record(watch)
+            side.wait_stream(self._compute)
+            start.record(side)
             act()
-            watch.wait_stream(self._compute)  # a part of it may be compute's
-            with self._cuda.stream(watch):
+            side.wait_stream(self._compute)  # a part of it may be compute's
+            with self._cuda.stream(side):
                 for pending in issued.started():
                     pending.follow()
-            end.record(watch)
+            end.record(side)
             self._beside[issued.place] = _Beside(start, end, issued.words)
 
         return run
+
+    def _side(self, instruction: Instruction) -> Any:
+        """Where moments of what does not run on the stream of compute are recorded."""
+        way = self._ways.get(instruction.stream.removeprefix("copy."))
+        if way is not None:
+            return way
+        key = instruction.stream, instruction.opcode
+        if key not in self._watches:
+            self._watches[key] = self._cuda.Stream(self._device)
+        return self._watches[key]
 
     def _late(self) -> Exception:
         """Compute is stuck: behind the first thing beside it that is not over."""

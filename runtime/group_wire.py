@@ -20,6 +20,11 @@ from runtime.transport import Pending, Sending
 
 __all__ = ["GroupWire"]
 
+_GLOO_TYPES = frozenset(
+    dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not dtype.is_complex
+)
 _NCCL_TYPES = frozenset(
     (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16,
      torch.float32, torch.float64, torch.bool)
@@ -39,17 +44,20 @@ class GroupWire:
     ) -> None:
         self.group = group
         self._places = {rank: place for place, rank in enumerate(sorted(channel.members))}
+        self._types = _NCCL_TYPES if plan.backend == "nccl" else _GLOO_TYPES
         self.num_pending = 0
         """Messages not known to be over."""
         self._plan = plan
         self._rank = world_rank
 
     def send(self, peer: int, tensor: Tensor, what: str) -> Sending:
-        arguments = [self._travelling(tensor)], self._places[peer], 0
+        sent = tensor if tensor.dtype in self._types else _in_other_type(tensor)
+        arguments = [sent], self._places[peer], 0
         return self.start(self.group.send, arguments, what, (peer,), (tensor,))
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        arguments = [self._travelling(tensor)], self._places[peer], 0
+        room = tensor if tensor.dtype in self._types else _in_other_type(tensor)
+        arguments = [room], self._places[peer], 0
         return self.start(self.group.recv, arguments, what, (peer,), (tensor,))
 
     def start(
@@ -67,17 +75,16 @@ class GroupWire:
             raise self.error(error, what, peers) from error
         return _Started(self, work, what, peers, tensors)
 
-    def _travelling(self, tensor: Tensor) -> Tensor:
-        """The same memory in a type that messages may have."""
-        if tensor.is_complex():
-            return torch.view_as_real(tensor)
-        if self._plan.backend == "nccl" and tensor.dtype not in _NCCL_TYPES:
-            return tensor.view(-1).view(torch.uint8)
-        return tensor
-
     def error(self, error: RuntimeError, what: str, peers: tuple[int, ...]) -> RunError:
         names = ", ".join(rank_name(peer, self._plan.grid) for peer in peers)
         return run_error(error, self._plan, self._rank, what, names)
+
+
+def _in_other_type(tensor: Tensor) -> Tensor:
+    """The same memory in a type that messages may have."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor.view(-1).view(torch.uint8)
 
 
 class _Started:
