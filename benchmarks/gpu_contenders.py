@@ -28,7 +28,7 @@ from planner.prepare import prepare
 from planner.schedules import Schedule
 from planner.solve import Placement
 from planner.timeline import Timeline
-from runtime.build import make_executor
+from runtime.executor import Executor
 from runtime.local import LocalHub, LocalTransport
 
 __all__ = ["ByHand", "Contender", "Fsdp", "Planned", "example_batch", "in_memory", "offloaded"]
@@ -50,12 +50,17 @@ def example_batch(sizes: Sizes) -> Batch:
 
 
 class Planned:
-    """The executor of a plan."""
+    """The executor of a plan, with the weights that all contenders begin with."""
 
-    def __init__(self, plan: Plan, model: ModelFile, device: torch.device) -> None:
-        self._plan = plan
+    def __init__(self, sizes: Sizes, plan: Plan, layers: nn.Module, device: torch.device) -> None:
+        """The layers are taken over."""
+        self._plan, file = plan, model_file(sizes)
         transport = LocalTransport(LocalHub(plan.grid, plan.options.deadline_seconds), 0)
-        self._executor = make_executor(plan, model, transport, 0, device)
+        assert file.build_optimizer is not None
+        self._executor = Executor(
+            plan, layers.to(device), transport, 0, loss_fn=file.loss_fn,
+            build_optimizer=file.build_optimizer, device=device,
+        )  # fmt: skip
 
     def step(self, batch: Batch) -> Tensor:
         self._result = self._executor.step(batch)
@@ -74,16 +79,13 @@ def offloaded(sizes: Sizes, schedule: Schedule, device: torch.device) -> Planned
     recompute, or they would not fit.
     """
     made = _plan(sizes, model_file(sizes), schedule, Precision.BFLOAT16, is_offloaded=True)
-    return Planned(made, model_file(sizes), device)
+    return Planned(sizes, made, seeded_layers(sizes), device)
 
 
 def in_memory(sizes: Sizes, device: torch.device) -> Planned:
     """The whole state on the device, in bfloat16, nothing recomputed."""
-    return Planned(
-        _plan(sizes, _half(sizes), Schedule.LAYERED, Precision.MODEL, is_offloaded=False),
-        _half(sizes),
-        device,
-    )
+    made = _plan(sizes, _half(sizes), Schedule.LAYERED, Precision.MODEL, is_offloaded=False)
+    return Planned(sizes, made, seeded_layers(sizes).to(torch.bfloat16), device)
 
 
 def _half(sizes: Sizes) -> ModelFile:
