@@ -16,7 +16,6 @@ from planner.model_file import ModelFile
 __all__ = ["Sizes", "loss_fn", "model_file", "optimizer", "seeded_layers"]
 
 VOCABULARY_SIZE = 256
-HEAD_WIDTH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +24,8 @@ class Sizes:
 
     num_blocks: int = 8
     width: int = 256
+    head_width: int = 32
+    """Of an attention head."""
     context: int = 64
     """Tokens in a sample."""
     global_batch_size: int = 16
@@ -58,7 +59,7 @@ class Block(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        width = sizes.width
+        width, self.head_width = sizes.width, sizes.head_width
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
@@ -66,7 +67,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        heads = self.query_key_value(self.attention_norm(hidden)).unflatten(-1, (3, -1, HEAD_WIDTH))
+        heads = self.query_key_value(self.attention_norm(hidden))
+        heads = heads.unflatten(-1, (3, -1, self.head_width))
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         hidden = hidden + self.projection(mixed.transpose(1, 2).flatten(2))

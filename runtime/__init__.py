@@ -2,7 +2,8 @@
 
 from runtime.checkpoint import CheckpointInfo
 from runtime.connect import connect
-from runtime.executor import Executor, StepResult
+from runtime.executor import Executor
 from runtime.hooks import GradientPart, Gradients
+from runtime.result import StepResult
 
 __all__ = ["CheckpointInfo", "Executor", "GradientPart", "Gradients", "StepResult", "connect"]

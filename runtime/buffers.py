@@ -6,15 +6,16 @@ conflicts with one of its buffers waits for it.
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from planner.plan.types import Instruction
-from runtime.transport import Pending
+from runtime.transport import Pending, Sending
 
-__all__ = ["MOST_KEPT_BYTES", "Buffers", "Sends"]
+__all__ = ["MOST_KEPT_BYTES", "Buffers", "DeviceSends", "Sends"]
 
 MOST_KEPT_BYTES = 1 << 12
 """Of tensors that are kept until the step ends rather than freed once they have left."""
@@ -39,6 +40,12 @@ class Buffers(dict[str, Any]):
             self._reading.setdefault(name, []).append(pending)
         for name in instruction.writes:
             self._writing[name] = pending
+
+    def arriving(self, names: Iterable[str]) -> Iterator[Pending]:
+        """What still arrives in buffers."""
+        for name in names:
+            if name in self._writing:
+                yield self._writing[name]
 
     def settle(self, written: Iterable[str], read: Iterable[str]) -> None:
         """Wait for what still arrives in buffers of `written`, and leaves those of `read`."""
@@ -69,16 +76,16 @@ class Sends:
     """
 
     def __init__(self) -> None:
-        self._kept: list[tuple[Pending, Tensor]] = []
+        self._kept: list[tuple[Sending, Tensor]] = []
         self._kept_bytes = 0
-        self._queue: queue.SimpleQueue[list[tuple[Pending, Tensor]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[tuple[Sending, Tensor]] | None] = queue.SimpleQueue()
         self._done = threading.Condition()
         self._outstanding = 0
         """Lists that the thread has not gone through."""
         self._error: BaseException | None = None
         threading.Thread(target=self._drain, name="sends", daemon=True).start()
 
-    def add(self, pending: Pending, tensor: Tensor) -> None:
+    def add(self, pending: Sending, tensor: Tensor) -> None:
         """Watch over a send that was just started.
 
         Raises:
@@ -121,3 +128,36 @@ class Sends:
                 self._done.notify_all()
             if self._error is not None:
                 return
+
+
+class DeviceSends:
+    """The same where the device works by itself: nobody needs to wait for a send to end it.
+
+    Waiting here would hold up compute, so tensors are let go as their sends are seen to be over.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[Sending, Tensor]] = deque()
+
+    def add(self, pending: Sending, tensor: Tensor) -> None:
+        """Watch over a send that was just started."""
+        while self._kept and self._kept[0][0].is_over():
+            self._drop_first()
+        self._kept.append((pending, tensor))
+
+    @property
+    def newest(self) -> Pending:
+        """The send that was added last."""
+        return self._kept[-1][0]
+
+    def wait(self) -> None:
+        """What the device is given from now on comes after all of them."""
+        while self._kept:
+            self._drop_first()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _drop_first(self) -> None:
+        self._kept[0][0].wait()
+        self._kept.popleft()

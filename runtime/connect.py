@@ -5,6 +5,7 @@ or by `python script.py` where the plan has one rank. This module knows processe
 does not know what the loop does.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from planner.plan.types import Plan
 from runtime.code import LossFunction
 from runtime.executor import Executor
 from runtime.gathering import gather_objects
+from runtime.inputs import check_machine
 from runtime.local import LocalHub, LocalTransport
 from runtime.loss_weights import LossWeight
 from runtime.optimize import BuildOptimizer, BuildScheduler, default_optimizer
@@ -54,14 +56,15 @@ def connect(
     Raises:
         PlanFileError: the plan's file is missing or damaged.
         FingerprintError: the plan was made for another model.
-        UsageError: another number of processes than the plan has ranks, other weights on some
-            rank, an optimizer that cannot work on a partitioned state, or a folder in which no file
-            can be made.
+        UsageError: another number of processes than the plan has ranks, fewer GPUs here than it
+            needs, other weights on some rank, an optimizer that cannot work on a partitioned state,
+            or a folder in which no file can be made.
         RunError: a rank was lost; the error of another rank ends this one too.
     """
     if not isinstance(plan, Plan):
         plan = read_plan(plan)
     _check_launched(plan)
+    check_machine(plan, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     device = device_of(plan)
     if device.type == "cpu":
         keep_freed_memory()

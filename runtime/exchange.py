@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from planner.layouts import Grid
-from runtime.transport import Pending, Traffic
+from runtime.transport import Pending, Sending, Traffic
 
 __all__ = ["Channel", "ExchangeTransport", "Joined", "Wire", "ordered_sum", "part_sizes"]
 
@@ -35,7 +35,7 @@ class Channel(NamedTuple):
 class Wire(Protocol):
     """Messages between the members of one channel; messages of a pair keep their order."""
 
-    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
+    def send(self, peer: int, tensor: Tensor, what: str) -> Sending:
         """To world rank `peer`; over when the receiver has it."""
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
@@ -51,6 +51,10 @@ class Joined:
     def wait(self) -> None:
         for part in self._parts:
             part.wait()
+
+    def follow(self) -> None:
+        for part in self._parts:
+            part.follow()
 
 
 class ExchangeTransport(ABC):
@@ -73,7 +77,7 @@ class ExchangeTransport(ABC):
     def _wire(self, channel: Channel) -> Wire:
         """The open wire of a channel that this rank is a member of."""
 
-    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
+    def send(self, peer: int, tensor: Tensor, what: str) -> Sending:
         assert tensor.is_contiguous(), what
         self.traffic.add("send", tensor.nbytes)
         way = self._ways_to.get(peer)
@@ -222,6 +226,10 @@ class _Job:
 
     def wait(self) -> None:
         self._future.result()
+
+    def follow(self) -> None:
+        if self._future.done():
+            self._future.result()
 
 
 class _Worker:

@@ -5,12 +5,11 @@ the first instruction that conflicts with their buffers.
 """
 
 import copy
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,63 +18,22 @@ from planner.errors import UsageError
 from planner.plan.names import kind_of
 from planner.plan.types import Opcode, Plan
 from planner.schedules import Schedule
-from planner.timeline import Event, Timeline
 from runtime.code import LossFunction
 from runtime.gathering import gather_objects
 from runtime.handlers import HANDLERS, Action
+from runtime.handlers.words import describe
 from runtime.inputs import check_batch, replica_part
 from runtime.loss_scale import LossScale
-from runtime.loss_weights import LossWeight, LossWeights, weighted_mean
+from runtime.loss_weights import LossWeight, LossWeights
 from runtime.optimize import BuildOptimizer, BuildScheduler, default_optimizer
 from runtime.program import Program
+from runtime.result import StepResult
 from runtime.state import RankState
+from runtime.streams import Issued
 from runtime.surface import TrainingState
 from runtime.transport import Transport
 
-__all__ = ["Executor", "StepResult"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """One step, or one evaluation, on one rank."""
-
-    losses: tuple[Tensor, ...]
-    """Loss of each micro-batch of this replica; empty on ranks without the last stage."""
-    rank: int
-    """Pipeline rank."""
-    moments: tuple[float, ...]
-    """Seconds of this rank's clock: the start of the step, then start and end of each
-    instruction."""
-    finite: bool | None = None
-    """Whether every gradient on every rank was finite; if not, nothing was updated anywhere. None
-    where the plan does not check it."""
-    not_finite: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Where it was not: parameter -> the world ranks whose part of its gradient was not, on every
-    rank alike."""
-    gradient_norm: float | None = None
-    """Of the whole model, before clipping; None where the plan does not clip."""
-
-    weights: tuple[float, ...] = ()
-    """Of each micro-batch in the step's loss, where the user weighs them."""
-    learning_rate: float | None = None
-    """That this step's update used, of the rank's first parameter group; None where the rank
-    trains nothing, and of an evaluation."""
-
-    @property
-    def loss(self) -> float | None:
-        """Mean over this replica's micro-batches, None where the last stage is elsewhere."""
-        return weighted_mean(self.losses, self.weights) if self.losses else None
-
-    @property
-    def timeline(self) -> Timeline:
-        """Measured, from the start of the step."""
-        origin, *moments = self.moments
-        pairs = zip(moments[::2], moments[1::2], strict=True)
-        events = (
-            Event(rank=self.rank, index=i, start_seconds=start - origin, end_seconds=end - origin)
-            for i, (start, end) in enumerate(pairs)
-        )
-        return Timeline(source="measured", events=tuple(events))
+__all__ = ["Executor"]
 
 
 class _Line(NamedTuple):
@@ -185,8 +143,8 @@ class Executor(TrainingState):
             rank.loss_scale.follow(finite=result.finite is not False)
         if self.plan.options.save:
             rank.host.complete(rank.step, self.loss_scale)
-        for function in self._after_step.functions:
-            function(result)
+        for watch in self._after_step.functions:
+            watch(result)
         return result
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> StepResult:
@@ -221,22 +179,21 @@ class Executor(TrainingState):
             weights.begin(batch, rank.device, is_evaluation=program.is_evaluation)
         moments = self._run_program(program, batch)
         self._broken = ""
+        finite = None if rank.is_finite is None else bool(rank.is_finite())
         return StepResult(
             losses=tuple(rank.losses[m] for m in sorted(rank.losses)),
             rank=rank.rank,
-            moments=tuple(moments),
-            finite=None if rank.finite is None else bool(rank.finite),
-            not_finite=self._not_finite(),
-            gradient_norm=None if rank.gradient_norm is None else float(rank.gradient_norm),
+            measured=rank.streams.moments(moments),
+            finite=finite,
+            not_finite={} if finite is not False else self._not_finite(),
+            norm=rank.gradient_norm,
             weights=weights.of_micro_batches if weights is not None else (),
             learning_rate=rate,
         )
 
     def _not_finite(self) -> dict[str, tuple[int, ...]]:
-        """What all ranks found; a collective only after a step that updated nothing."""
+        """What all ranks found: a collective, after a step that updated nothing."""
         rank, found = self._rank, dict[str, tuple[int, ...]]()
-        if rank.finite is None or bool(rank.finite):
-            return found
         what = "the parameters whose gradients are not finite"
         mine, num_ranks = rank.not_finite, self.plan.world_size
         of_ranks = gather_objects(
@@ -246,8 +203,8 @@ class Executor(TrainingState):
             found |= {name: (*found.get(name, ()), number) for name in names}
         return found
 
-    def _run_program(self, program: Program, batch: Mapping[str, Tensor]) -> list[float]:
-        rank, buffers, clock = self._rank, self._rank.buffers, time.perf_counter
+    def _run_program(self, program: Program, batch: Mapping[str, Tensor]) -> list[Any]:
+        rank, buffers, clock = self._rank, self._rank.buffers, self._rank.streams.moment
         rank.begin(program, batch)
         moments = [clock()]
         for index, (written, read, act, dying, leaving) in enumerate(self._lines[program]):
@@ -277,6 +234,8 @@ def _lines(rank: RankState, program: Program) -> Iterator[_Line]:
     for index, instruction in enumerate(program.instructions):
         rank.begin(program, {}, index)
         act = HANDLERS[instruction.opcode](rank, instruction)
+        started = partial(rank.started, instruction)
+        act = rank.streams.ready(Issued(index, instruction, started, describe(instruction)), act)
         names = program.dying.get(index, ())
         leaving = tuple(name for name in names if kind_of(name) in ("shard", "moments", "host"))
         dying = tuple(name for name in names if name not in leaving)

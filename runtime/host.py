@@ -1,16 +1,16 @@
 """Buffers in host memory: state and stored inputs that are offloaded, and the checkpoint.
 
-A copy is made anew each time, so a copy once handed out never changes. On a GPU host memory is
-pinned, and copies run beside compute, on a stream for each direction. On the CPU they are plain
-tensors, kept apart so that a memory measurement can tell them from the device's. With a folder they
-are in files there (`runtime.mapped`), and not pinned.
+A copy takes the room of an earlier one that nobody needs; a checkpoint that was handed out never
+changes. On a GPU host memory is pinned, and copies run beside compute, on a stream for each
+direction. On the CPU they are plain tensors, kept apart so that a memory measurement can tell them
+from the device's. With a folder they are in files there (`runtime.mapped`), and not pinned.
 This module knows values. It does not know when anything happens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from planner.plan.names import kind_of
-from runtime.layout import dense_stride
 from runtime.loss_scale import LossScale
 from runtime.mapped import MappedFolder
+from runtime.rooms import HostCopy, Rooms, over_copies, over_tensors
+from runtime.streams import Streams
 from runtime.transport import Pending
 
 __all__ = ["Checkpoint", "HostMemory"]
+
+Leaf = TypeVar("Leaf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,65 +43,89 @@ class Checkpoint:
     """Of the next step; None but in float16."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """A tensor in host memory."""
-
-    tensor: Tensor
-    device: torch.device
-    """Where it is from, and goes back to: optimizers keep some figures on the CPU."""
-
-
 class HostMemory:
     """The host: buffers of one rank."""
 
-    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(self, streams: Streams, folder: Path | None = None) -> None:
         """Raises UsageError if no file can be made in the folder."""
-        self._device = device
+        self._streams = streams
         self._files = None if folder is None else MappedFolder(folder)
+        self._rooms = Rooms(self._make_room)
         self._values: dict[str, Any] = {}
         self._checkpoint = Checkpoint(num_steps=0, shards={}, moments={})
-        self._streams: dict[str, torch.cuda.Stream] = {}
-        if device.type == "cuda":
-            self._streams = {way: torch.cuda.Stream(device) for way in ("in", "out")}
+        self._in_checkpoint: list[HostCopy] = []
+        self._is_handed_out = False
+        """Whether somebody has been given the checkpoint: then its room is theirs."""
 
     def keep(self, name: str, value: Any) -> Pending:
         """`name` (a host: buffer) = a copy of tensors, or of dicts and lists with tensors in them.
 
         The tensors may be let go at once, but not changed before `wait` of the result returns.
         """
-        return self._beside("out", lambda: self._keep(name, value))
+        sources = _leaves(Tensor, value)
+        last = _leaves(HostCopy, self._values.pop(name, None))
+        if not _share_memory(sources, last):  # else what is kept is partly what was kept
+            self._free(last)  # so that there is one copy at a time
+        return self._streams.beside("out", lambda: self._keep(name, value), sources)
 
     def fetch(self, name: str) -> tuple[Any, Pending]:
         """A copy on the device of what a host: buffer holds, to be used after `wait`."""
         # Allocated on the stream that will use it, filled on the copies' own.
-        pairs: list[tuple[_Copy, Tensor]] = []
+        pairs: list[tuple[HostCopy, Tensor]] = []
 
-        def room_for(copy: _Copy) -> Tensor:
+        def room_for(copy: HostCopy) -> Tensor:
             room = torch.empty_like(copy.tensor, device=copy.device)
             pairs.append((copy, room))
             return room
 
-        value = _over(_Copy, room_for, self._values[name])
-        return value, self._beside("in", lambda: self._fill(pairs))
+        def fill() -> None:
+            for copy, room in pairs:
+                room.copy_(copy.tensor, non_blocking=True)
+
+        value = over_copies(room_for, self._values[name])
+        pending = self._streams.beside("in", fill, [room for _, room in pairs])
+        for copy, _ in pairs:
+            copy.reader = pending
+        return value, pending
+
+    def load(self, rows: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], Pending]:
+        """Copies on the device of tensors that whoever made them may change at once."""
+        staged = [
+            _pinned(each) if each.device.type == "cpu" and device.type == "cuda" else each
+            for each in rows
+        ]
+        rooms = [torch.empty_like(each, device=device) for each in staged]
+
+        def fill() -> None:
+            for room, each in zip(rooms, staged, strict=True):
+                room.copy_(each, non_blocking=True)
+
+        return rooms, self._streams.beside("in", fill, [*rooms, *staged])
 
     def values(self, name: str) -> Any:
         """What a host: buffer holds, in host memory: to be read, not to be changed."""
-        self._settle()
-        return _over(_Copy, lambda copy: copy.tensor, self._values[name])
+        self._streams.settle_copies()
+        return over_copies(_tensor, self._values[name])
 
     def drop(self, name: str) -> None:
         """Let go of what a host: buffer holds, if anything."""
-        self._values.pop(name, None)
+        self._free(_leaves(HostCopy, self._values.pop(name, None)))
 
     def complete(self, num_steps: int, loss_scale: LossScale | None = None) -> None:
         """What shards and moments hold now is the checkpoint after so many steps."""
         found: dict[str, dict[str, Any]] = {"shard": {}, "moments": {}}
+        copies: list[HostCopy] = []
         for name, value in self._values.items():
             buffer = name.removeprefix("host:")
             if kind_of(buffer) in found:
                 unit = buffer.partition(":")[2]
-                found[kind_of(buffer)][unit] = _over(_Copy, lambda copy: copy.tensor, value)
+                found[kind_of(buffer)][unit] = over_copies(_tensor, value)
+                copies += _leaves(HostCopy, value)
+        before, self._in_checkpoint = self._in_checkpoint, copies
+        if not self._is_handed_out:
+            still = {id(copy) for copy in copies}
+            self._free([copy for copy in before if id(copy) not in still])
+        self._is_handed_out = False
         self._checkpoint = Checkpoint(
             num_steps=num_steps,
             shards=found["shard"],
@@ -109,62 +136,47 @@ class HostMemory:
     @property
     def checkpoint(self) -> Checkpoint:
         """The last complete one."""
-        self._settle()
+        self._streams.settle_copies()
+        self._is_handed_out = True
         return self._checkpoint
 
-    def _settle(self) -> None:
-        """Whatever was copied to the host is there."""
-        if "out" in self._streams:
-            self._streams["out"].synchronize()
-
     def _keep(self, name: str, value: Any) -> None:
-        self._values.pop(name, None)  # the last copy, so that there is one at a time
-        self._values[name] = _over(Tensor, self._copied, value)
+        self._values[name] = over_tensors(self._copied, value)
 
-    def _copied(self, tensor: Tensor) -> _Copy:
+    def _copied(self, tensor: Tensor) -> HostCopy:
         with _disable_current_modes():
-            shape, dtype = tuple(tensor.shape), tensor.dtype
-            strides, pin = dense_stride(shape, tensor.stride()), tensor.is_cuda
-            if self._files is None:
-                host = torch.empty_strided(shape, strides, dtype=dtype, pin_memory=pin)
-            else:
-                host = self._files.empty_strided(shape, strides, dtype)
-            host.copy_(tensor.detach(), non_blocking=True)
-        if "out" in self._streams and tensor.is_cuda:
-            tensor.record_stream(self._streams["out"])
-        return _Copy(host, tensor.device)
+            copy = self._rooms.take(tensor)
+            if copy.reader is not None:
+                self._streams.behind(copy.reader)
+            copy.tensor.copy_(tensor.detach(), non_blocking=True)
+        return HostCopy(copy.tensor, tensor.device)
 
-    def _fill(self, pairs: list[tuple[_Copy, Tensor]]) -> None:
-        for copy, room in pairs:
-            room.copy_(copy.tensor, non_blocking=True)
-            if "in" in self._streams and room.is_cuda:
-                room.record_stream(self._streams["in"])
+    def _make_room(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, pin: bool
+    ) -> Tensor:
+        if self._files is not None:
+            return self._files.empty_strided(shape, strides, dtype)
+        return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=pin)
 
-    def _beside(self, way: str, action: Callable[[], None]) -> Pending:
-        """Run it on the stream of a direction, behind what the device has been given so far."""
-        if way not in self._streams:
-            action()
-            return _Copying(None, self._device)
-        stream = self._streams[way]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            action()
-        return _Copying(stream.record_event(), self._device)
+    def _free(self, copies: list[HostCopy]) -> None:
+        """What the checkpoint holds is free when the next one is complete."""
+        held = {id(copy) for copy in self._in_checkpoint}
+        self._rooms.give_back(copy for copy in copies if id(copy) not in held)
 
 
-class _Copying:
-    """A copy under way on a stream of its own; None: it is over."""
-
-    def __init__(self, event: torch.cuda.Event | None, device: torch.device) -> None:
-        self._event = event
-        self._device = device
-
-    def wait(self) -> None:
-        """Whatever the device is given from now on comes after the copy."""
-        if self._event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._event)
+def _tensor(copy: HostCopy) -> Tensor:
+    return copy.tensor
 
 
-def _over(kind: type, function: Callable[[Any], Any], value: Any) -> Any:
-    """The value with `function` of each `kind` inside it."""
-    return pytree.tree_map_only(kind, function, value)
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy, whose memory torch takes again once the device has read it."""
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+
+
+def _leaves(kind: type[Leaf], value: Any) -> list[Leaf]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, kind)]
+
+
+def _share_memory(sources: list[Tensor], copies: list[HostCopy]) -> bool:
+    places = {copy.tensor.untyped_storage().data_ptr() for copy in copies}
+    return any(source.untyped_storage().data_ptr() in places for source in sources)

@@ -1,7 +1,9 @@
 """The Transport among threads of one process, for tests and for trying a plan without processes.
 
 A message is copied when both its send and its receive have been posted, as on gloo: a sender that
-changes a tensor too early, or two ranks that wait for each other, fail here as they would there.
+changes a tensor too early, or two ranks that wait for each other, fail here as they would there. On
+a GPU the copy comes after what both ranks had given their streams when they posted it, and what
+follows a wait comes after the copy.
 """
 
 import threading
@@ -9,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from planner.errors import DeadlineError, PeerLostError
@@ -16,7 +19,7 @@ from planner.layouts import Grid
 from planner.plan.types import Plan
 from runtime.exchange import Channel, ExchangeTransport, Wire
 from runtime.ranks import rank_name
-from runtime.transport import Pending
+from runtime.transport import Pending, Sending
 
 __all__ = ["LocalHub", "LocalTransport", "run_local"]
 
@@ -61,7 +64,10 @@ class LocalHub:
             f"{received.what}: {sent.what} sends {source.numel()} elements, not {tensor.numel()}"
         )
         assert tensor.dtype == source.dtype, f"{received.what}: {source.dtype}, not {tensor.dtype}"
+        for each in (sent, received):
+            _follow(each.ready)
         tensor.view(-1).copy_(source.view(-1))
+        sent.done, received.done = _passed(source), _passed(tensor)
         sent.over = received.over = True
         self.changed.notify_all()
 
@@ -72,7 +78,11 @@ class _Message:
     def __init__(self, hub: LocalHub, tensor: Tensor, what: str, rank: int, peer: int) -> None:
         self.tensor = tensor
         self.what = what
+        self.ready = _passed(tensor)
+        """What this end was given before it."""
         self.over = False
+        """Whether it has been copied, or is being copied by the device."""
+        self.done: torch.cuda.Event | None = None
         self._hub = hub
         self._rank = rank
         self._peer = peer
@@ -83,6 +93,7 @@ class _Message:
         with hub.changed:
             woken = hub.changed.wait_for(lambda: self.over or hub.error, hub.deadline_seconds)
             if self.over:
+                self.follow()
                 return
             if not woken:
                 raise DeadlineError(
@@ -92,6 +103,28 @@ class _Message:
                 )
         raise PeerLostError(f"{here}: {self.what}: the run was ended by another rank: {hub.error}")
 
+    def follow(self) -> None:
+        _follow(self.done)
+
+    def is_over(self) -> bool:
+        return self.over and (self.done is None or self.done.query())
+
+
+def _passed(tensor: Tensor) -> torch.cuda.Event | None:
+    """An event behind what the tensor's device has been given by this thread; None on a CPU."""
+    if not tensor.is_cuda:
+        return None
+    with torch.cuda.device(tensor.device):
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+
+def _follow(event: torch.cuda.Event | None) -> None:
+    """What its device is given by this thread from now on comes after the event."""
+    if event is not None:
+        torch.cuda.current_stream(event.device).wait_event(event)
+
 
 class _LocalWire:
     def __init__(self, hub: LocalHub, channel: Channel, rank: int) -> None:
@@ -99,7 +132,7 @@ class _LocalWire:
         self._channel = channel
         self._rank = rank
 
-    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
+    def send(self, peer: int, tensor: Tensor, what: str) -> Sending:
         message = _Message(self._hub, tensor, what, self._rank, peer)
         self._hub.post_send((self._channel, self._rank, peer), message)
         return message

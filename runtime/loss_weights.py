@@ -44,7 +44,9 @@ class LossWeights:
             for m in range(self._plan.num_micro_batches)
         )
         self.of_micro_batches = tuple(weight_of(self._function, samples) for samples in rows)
-        self._total = torch.tensor([sum(self.of_micro_batches)], dtype=torch.float64, device=device)
+        # Filled on the device: a copy of it would make the process wait.
+        total = sum(self.of_micro_batches)
+        self._total = torch.full((1,), total, dtype=torch.float64, device=device)
         self._pending = None
         if not is_evaluation:  # which needs no total: nothing flows back
             self._pending = self._transport.all_reduce(self._total, "the weights of the losses")
@@ -54,8 +56,9 @@ class LossWeights:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-        total = float(self._total)
-        return torch.full_like(loss, self.of_micro_batches[micro_batch] / total if total else 0.0)
+        total = self._total[0]
+        share = torch.where(total > 0, self.of_micro_batches[micro_batch] / total, 0.0)
+        return share.to(loss.dtype).expand_as(loss)
 
 
 def weight_of(function: LossWeight, samples: Mapping[str, Tensor]) -> float:

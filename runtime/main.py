@@ -114,7 +114,7 @@ def _train(
 ) -> Measured | None:
     """Train the remaining steps; the second measures memory, so its time does not count."""
     seconds: list[float] = []
-    peak_bytes = timeline = None
+    peak_bytes, last = None, None
     with Progress(console, plan, options.num_steps, options.log_every) as progress:
         for step in range(first_step, options.num_steps):
             batch = batches.batch(step, executor.replica) if executor.loads_batch else {}
@@ -127,6 +127,7 @@ def _train(
                 peak_bytes = peak.num_bytes
             else:
                 result = executor.step(batch)
+                _finish(executor.device)
                 if step > first_step + 1:
                     seconds.append(time.perf_counter() - start)
             loss = executor.mean_loss(result)
@@ -137,14 +138,15 @@ def _train(
                 folder = options.checkpoint_folder / f"step-{step + 1:06}"
                 executor.save(folder, asdict(batches.position(step + 1)))
                 console.print(f"checkpoint written to {folder}")
-            timeline = result.timeline
-    if peak_bytes is None:
+            last = result
+    if peak_bytes is None or last is None:
         return None
+    is_wanted = options.timeline_path is not None and not executor.replica
     return Measured(
         rank=executor.rank,
         step_seconds=statistics.median(seconds) if seconds else None,
         peak_bytes=peak_bytes,
-        timeline=timeline if options.timeline_path is not None and not executor.replica else None,
+        timeline=last.timeline if is_wanted else None,
     )
 
 
@@ -163,6 +165,12 @@ def _is_due(options: RunOptions, num_steps: int) -> bool:
     """Whether a checkpoint is wanted after so many steps."""
     every = options.save_every
     return every is not None and (num_steps % every == 0 or num_steps == options.num_steps)
+
+
+def _finish(device: torch.device) -> None:
+    """A step is over for the clock when the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _start_together(device: torch.device) -> None:

@@ -38,12 +38,14 @@ class Program:
         *,
         is_evaluation: bool,
         offloaded: Collection[str],
+        loads_beside: bool = False,
     ) -> None:
         """
         Args:
             instructions: in issue order.
             is_evaluation: it runs forward only.
             offloaded: kinds of state buffers that come and go.
+            loads_beside: a LOAD, too, may still be under way when the next instruction starts.
 
         Raises:
             PlanFileError: a gradient is accumulated that nothing uses.
@@ -52,7 +54,8 @@ class Program:
         self.is_evaluation = is_evaluation
         self.dying = _last_uses(self.instructions, offloaded)
         """Index -> buffers that hold nothing any more when the instruction there is over."""
-        self.conflicts = _conflicts(self.instructions)
+        goes_on = (*_GOES_ON, Opcode.LOAD) if loads_beside else _GOES_ON
+        self.conflicts = _conflicts(self.instructions, goes_on)
         """By index."""
         self.sums = _units_of_sums(self.instructions)
         """Index -> accumulation buffers of the instruction there, and whose gradient each holds."""
@@ -70,7 +73,9 @@ class Program:
                 yield instruction.writes[0], instruction.unit
 
 
-def _conflicts(instructions: Sequence[Instruction]) -> tuple[Conflicts, ...]:
+def _conflicts(
+    instructions: Sequence[Instruction], goes_on: Collection[Opcode]
+) -> tuple[Conflicts, ...]:
     found = []
     arriving: set[str] = set()
     leaving: set[str] = set()
@@ -81,7 +86,7 @@ def _conflicts(instructions: Sequence[Instruction]) -> tuple[Conflicts, ...]:
         arriving.difference_update(written)
         leaving.difference_update(read)
         found.append(Conflicts(written, read))
-        if instruction.opcode in _GOES_ON:
+        if instruction.opcode in goes_on:
             arriving.update(instruction.writes)
             leaving.update(instruction.reads)
     return tuple(found)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from planner.plan.types import Plan
 from planner.timeline import Timeline
-from runtime.executor import StepResult
+from runtime.result import StepResult
 from runtime.verify import Difference, worst
 
 __all__ = ["Measured", "Progress", "not_finite_message", "print_comparison", "print_verdict"]

@@ -57,6 +57,8 @@ def device_of(plan: Plan) -> torch.device:
     """This rank's device: its own GPU for plans made for GPUs, else the CPU."""
     if plan.backend != "nccl":
         return torch.device("cpu")
+    # Streams share hardware queues, 8 of them by default: what waits in one would hold up another.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

@@ -1,7 +1,7 @@
 """Everything one rank holds while it runs a plan: parameters, buffers, stages, optimizers."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from planner.compute_type import to_compute_type
 from planner.plan.names import kind_of
-from planner.plan.types import Instruction, Plan
+from planner.plan.types import Instruction, Opcode, Plan
 from planner.precision import Precision
 from planner.schedules import Schedule
-from runtime.buffers import Buffers, Sends
+from runtime.buffers import Buffers, DeviceSends, Sends
 from runtime.code import LossFunction
+from runtime.cuda import streams_of
 from runtime.host import HostMemory
 from runtime.loss_scale import LossScale
 from runtime.loss_weights import LossWeights
@@ -24,7 +25,8 @@ from runtime.random import KeyedRandom
 from runtime.shards import UnitState
 from runtime.sizes import check_table, make_pools
 from runtime.stage import Stage, modules_of
-from runtime.transport import Transport
+from runtime.streams import Figure
+from runtime.transport import Pending, Transport
 from runtime.weights import WeightBuffers
 
 __all__ = ["GradientObserver", "RankState"]
@@ -50,10 +52,14 @@ class RankState:
     ) -> None:
         self.plan, self.transport, self.device = plan, transport, device
         self.rank, self.replica = plan.coordinates(world_rank)
-        self.training, self.evaluation = _programs(plan, self.rank)
+        self.streams = streams_of(plan, world_rank, device)
+        self.training, self.evaluation = _programs(
+            plan, self.rank, loads_beside=self.streams.is_asynchronous
+        )
         self.random = KeyedRandom(plan.options.seed)
-        self.buffers, self.sends = Buffers(), Sends()
-        self.host = HostMemory(device, offload_folder)
+        self.buffers = Buffers()
+        self.sends = DeviceSends() if self.streams.is_asynchronous else Sends()
+        self.host = HostMemory(self.streams, offload_folder)
         self.step = 0
         is_scaled = plan.options.precision is Precision.FLOAT16
         self.loss_scale = LossScale() if is_scaled else None
@@ -65,16 +71,13 @@ class RankState:
         self.begin(self.training, {})
         mine = [stage for stage in plan.stages if stage.rank == self.rank]
         names = {name for stage in mine for name in stage.units}
-        self.units = {
-            unit.name: UnitState(unit, plan, model, self.replica)
-            for unit in plan.units
-            if unit.name in names
-        }
-        self.optimizers = {
-            name: UnitOptimizer(state, build_optimizer, build_scheduler)
-            for name, state in self.units.items()
-            if state.unit.trainable
-        }
+        self.units: dict[str, UnitState] = {}
+        self.optimizers: dict[str, UnitOptimizer] = {}
+        for unit in plan.units:
+            if unit.name in names:
+                self._take(
+                    UnitState(unit, plan, model, self.replica), build_optimizer, build_scheduler
+                )
         programs = (self.training, self.evaluation)
         check_table(plan, self.rank, self.units, programs)
         self._forget_others(model)
@@ -93,7 +96,6 @@ class RankState:
         self._gradient_views: dict[
             tuple[str, str], list[tuple[torch.nn.Parameter, Tensor]]
         ] = {}  # fmt: skip
-        self._offload_state()
 
     def begin(self, program: Program, batch: Mapping[str, Tensor], index: int = 0) -> None:
         """A step or an evaluation starts, or one of its instructions is made ready."""
@@ -101,10 +103,17 @@ class RankState:
         self.index = index
         """Of the instruction that runs."""
         self.losses: dict[int, Tensor] = {}
-        self.finite: Tensor | None = None
+        self.is_finite: Figure | None = None
+        """Whether all gradients are, where the program checks it and has come so far."""
         self.not_finite: list[str] = []
         """Parameters of this rank that CHECK_FINITE found a bad gradient of."""
-        self.gradient_norm: Tensor | None = None
+        self.gradient_norm: Figure | None = None
+
+    def started(self, instruction: Instruction) -> Iterable[Pending]:
+        """What the instruction that has just run has started."""
+        if instruction.opcode is Opcode.SEND and isinstance(self.sends, DeviceSends):
+            return (self.sends.newest,)
+        return self.buffers.arriving(instruction.writes)
 
     def unit(self, instruction: Instruction) -> UnitState:
         assert instruction.unit is not None
@@ -207,33 +216,44 @@ class RankState:
         found += [self.buffers["clip:scale"]] if self.plan.options.clip_delayed else []
         return found + [t for optimizer in self.optimizers.values() for t in optimizer.tensors()]
 
+    def _take(
+        self,
+        state: UnitState,
+        build_optimizer: BuildOptimizer,
+        build_scheduler: BuildScheduler | None,
+    ) -> None:
+        """What is gathered or offloaded leaves at once: the device need not hold all of it twice.
+
+        Every step finds in host memory what the plan offloads.
+        """
+        unit = state.unit.name
+        self.units[unit] = state
+        if state.unit.trainable:
+            self.optimizers[unit] = UnitOptimizer(state, build_optimizer, build_scheduler)
+        if self.plan.gathers:
+            state.detach_weights()
+        for name in (f"{kind}:{unit}" for kind in self.plan.offloaded):
+            self.host.keep(f"host:{name}", self.value(name)).wait()
+            self.drop(name)
+
     def _forget_others(self, model: torch.nn.Module) -> None:
-        """Parameters of other ranks hold no memory, nor do gathered ones until they are."""
+        """Parameters of other ranks hold no memory."""
         held = {id(p) for state in self.units.values() for p in state.parameters.values()}
         for parameter in model.parameters():
             if id(parameter) not in held:
                 parameter.data = parameter.data.new_empty(0)
-        if self.plan.gathers:
-            for state in self.units.values():
-                state.detach_weights()
-
-    def _offload_state(self) -> None:
-        """Where every step finds what the plan offloads: in host memory."""
-        for unit in self.units:
-            for name in (f"{kind}:{unit}" for kind in self.plan.offloaded):
-                self.host.keep(f"host:{name}", self.value(name)).wait()
-                self.drop(name)
 
 
-def _programs(plan: Plan, rank: int) -> tuple[Program, Program]:
+def _programs(plan: Plan, rank: int, *, loads_beside: bool) -> tuple[Program, Program]:
     """Of a step and of an evaluation; empty where the plan has none."""
     only_evaluates = plan.schedule is Schedule.FORWARD
     training = () if only_evaluates else plan.programs[rank]
     programs = plan.programs if only_evaluates else plan.evaluation
     evaluation = programs[rank] if programs else ()
+    given: Any = {"offloaded": plan.offloaded, "loads_beside": loads_beside}
     return (
-        Program(training, is_evaluation=False, offloaded=plan.offloaded),
-        Program(evaluation, is_evaluation=True, offloaded=plan.offloaded),
+        Program(training, is_evaluation=False, **given),
+        Program(evaluation, is_evaluation=True, **given),
     )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,10 @@ from runtime.checkpoint.rank import put_parameters
 from runtime.gathering import sum_over_ranks
 from runtime.hooks import GradientPart, Gradients, Hooks, Remove, parts_of_gradient
 from runtime.host import Checkpoint
+from runtime.result import StepResult
 from runtime.shards import UnitState
 from runtime.state import GradientObserver, RankState
 from runtime.transport import Traffic
-
-if TYPE_CHECKING:
-    from runtime.executor import StepResult
 
 __all__ = ["TrainingState"]
 
@@ -43,7 +41,7 @@ class TrainingState:
         self.training = True
         """Whether `train` or `eval` was called last."""
         self._before_step: Hooks[Callable[[Mapping[str, Tensor]], object]] = Hooks()
-        self._after_step: Hooks[Callable[[Any], object]] = Hooks()
+        self._after_step: Hooks[Callable[[StepResult], object]] = Hooks()
         self._on_gradient: Hooks[GradientObserver] = Hooks()
 
     @property
@@ -85,7 +83,7 @@ class TrainingState:
         """Call `function` with the batch before every step; returns what takes it away again."""
         return self._before_step.add(function)
 
-    def after_step(self, function: Callable[["StepResult"], object]) -> Remove:
+    def after_step(self, function: Callable[[StepResult], object]) -> Remove:
         """Call `function` with the result of every step; returns what takes it away again."""
         return self._after_step.add(function)
 
@@ -132,7 +130,7 @@ class TrainingState:
         self._rank.observer = call_all
         return remove_it
 
-    def mean_loss(self, result: "StepResult") -> float:
+    def mean_loss(self, result: StepResult) -> float:
         """The mean over the whole batch, on every rank: a collective of all ranks, so a loop that
         calls it on one must call it on all.
 

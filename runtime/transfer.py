@@ -2,7 +2,10 @@
 
 Knows process groups, and what their errors mean. On gloo everything is isend and irecv: its
 reduce-scatter sends twice the bytes needed, its gather is slower than direct exchange, and a
-collective that never ends blocks the end of the process, which a lone message does not.
+collective that never ends blocks the end of the process, which a lone message does not. On NCCL
+each group is a communicator with a stream of its own, made at once, and the device waits, not the
+process. There the deadline is kept by who issues the work (`runtime.run_ahead`); NCCL's own
+watchdog, which ends the process without a word about what it waited for, comes later.
 """
 
 import os
@@ -18,11 +21,15 @@ from torch import Tensor
 from planner.errors import RunError, UsageError
 from planner.plan.types import Opcode, Plan
 from runtime.exchange import Channel, ExchangeTransport, Wire
+from runtime.group_wire import GroupWire
 from runtime.ranks import rank_name
-from runtime.torch_errors import first_line, run_error
+from runtime.torch_errors import first_line
 from runtime.transport import Pending
 
 __all__ = ["DistributedTransport", "initialise"]
+
+_WATCHDOG_DEADLINES = 2
+"""After so many deadlines of the plan NCCL's watchdog ends the process."""
 
 
 def initialise(plan: Plan) -> int:
@@ -51,10 +58,10 @@ def initialise(plan: Plan) -> int:
             f"the plan was made for the backend {plan.backend!r}, which this torch does not have",
             hint="plan again for a cluster of this kind of machine",
         )
+    # Every pair has a group for each direction: that its messages keep their order is intended.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     try:
-        dist.init_process_group(
-            plan.backend, timeout=timedelta(seconds=plan.options.deadline_seconds)
-        )
+        dist.init_process_group(plan.backend, timeout=_timeout(plan))
     except RuntimeError as error:
         raise RunError(
             f"{rank_name(world_rank, plan.grid)} could not join the other "
@@ -75,16 +82,17 @@ class DistributedTransport(ExchangeTransport):
         super().__init__(plan.grid, world_rank)
         self._plan = plan
         self._library = plan.backend == "nccl"
-        self._wires: dict[Channel, _GroupWire] = {}
+        self._wires: dict[Channel, GroupWire] = {}
         for channel in _channels(plan):  # every rank must help to make every group
             group = dist.new_group(
                 sorted(channel.members),
-                timeout=timedelta(seconds=plan.options.deadline_seconds),
+                timeout=_timeout(plan),
+                pg_options=_priority(plan) if self._library else None,
                 device_id=device if self._library else None,
                 group_desc=f"{channel.kind} {channel.members}",
             )
             if world_rank in channel.members:
-                self._wires[channel] = _GroupWire(plan, world_rank, channel, group)
+                self._wires[channel] = GroupWire(plan, world_rank, channel, group)
 
     def _wire(self, channel: Channel) -> Wire:
         assert channel in self._wires, f"the plan has no {channel}"
@@ -95,9 +103,13 @@ class DistributedTransport(ExchangeTransport):
             return super().gather(shard, output, what)
         self.traffic.add("gather", shard.nbytes * (self._num_replicas - 1))
         call = _collective("all_gather_single", "all_gather_into_tensor")
-        channel = Channel("gather", self._replicas)
+        channel, (whole, part) = Channel("gather", self._replicas), _real(output, shard)
         return self._start(
-            channel, what, lambda group: call(output, shard, group=group, async_op=True)
+            channel,
+            what,
+            lambda group: call(whole, part, group=group, async_op=True),
+            output,
+            shard,
         )
 
     def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
@@ -105,9 +117,13 @@ class DistributedTransport(ExchangeTransport):
             return super().reduce_scatter(source, output, what)
         self.traffic.add("reduce", output.nbytes * (self._num_replicas - 1))
         call = _collective("reduce_scatter_single", "reduce_scatter_tensor")
-        channel = Channel("reduce", self._replicas)
+        channel, (part, whole) = Channel("reduce", self._replicas), _real(output, source)
         return self._start(
-            channel, what, lambda group: call(output, source, group=group, async_op=True)
+            channel,
+            what,
+            lambda group: call(part, whole, group=group, async_op=True),
+            output,
+            source,
         )
 
     def all_reduce(self, tensor: Tensor, what: str, source: Tensor | None = None) -> Pending:
@@ -117,30 +133,21 @@ class DistributedTransport(ExchangeTransport):
             tensor.copy_(source)
         part = -(-tensor.nbytes // self._num_replicas)
         self.traffic.add("reduce", 2 * part * (self._num_replicas - 1))
-        channel = Channel("reduce", self._replicas)
-        return self._start(
-            channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True)
-        )
+        return self._sum(Channel("reduce", self._replicas), tensor, what)
 
     def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
         if not self._library or len(ranks) == 1:
             return super().all_reduce_tied(tensor, ranks, what)
         part = -(-tensor.nbytes // len(ranks))
         self.traffic.add("reduce_tied", 2 * part * (len(ranks) - 1))
-        channel = _channel(self._plan, "tied", ranks, self._replica)
-        return self._start(
-            channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True)
-        )
+        return self._sum(_channel(self._plan, "tied", ranks, self._replica), tensor, what)
 
     def all_reduce_world(self, tensor: Tensor, what: str) -> Pending:
         if not self._library or len(self._world) == 1:
             return super().all_reduce_world(tensor, what)
         part = -(-tensor.nbytes // len(self._world))
         self.traffic.add("world", 2 * part * (len(self._world) - 1))
-        channel = Channel("world", self._world)
-        return self._start(
-            channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True)
-        )
+        return self._sum(Channel("world", self._world), tensor, what)
 
     def close(self) -> None:
         """Leave the job. May be called again.
@@ -153,91 +160,21 @@ class DistributedTransport(ExchangeTransport):
             with suppress(RuntimeError):
                 dist.destroy_process_group()
 
+    def _sum(self, channel: Channel, tensor: Tensor, what: str) -> Pending:
+        return self._start(
+            channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True), tensor
+        )
+
     def _start(
-        self, channel: Channel, what: str, call: Callable[[dist.ProcessGroup], Any]
+        self,
+        channel: Channel,
+        what: str,
+        call: Callable[[dist.ProcessGroup], Any],
+        *tensors: Tensor,
     ) -> Pending:
         wire = self._wires[channel]
         peers = tuple(rank for rank in channel.members if rank != self._rank)
-        return wire.start(call, what, peers)
-
-
-class _GroupWire:
-    """One process group.
-
-    Messages go straight to it: dist.isend checks its arguments for longer than gloo takes to post
-    a small message.
-    """
-
-    def __init__(
-        self, plan: Plan, world_rank: int, channel: Channel, group: dist.ProcessGroup
-    ) -> None:
-        self.group = group
-        self._places = {rank: place for place, rank in enumerate(sorted(channel.members))}
-        self.num_pending = 0
-        """Messages not known to be over."""
-        self._plan = plan
-        self._rank = world_rank
-
-    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        sent = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        try:
-            work = self.group.send([sent], self._places[peer], 0)
-        except RuntimeError as error:
-            raise self.error(error, what, (peer,)) from error
-        return _Started(self, work, what, (peer,), tensor)
-
-    def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:
-        room = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        try:
-            work = self.group.recv([room], self._places[peer], 0)
-        except RuntimeError as error:
-            raise self.error(error, what, (peer,)) from error
-        return _Started(self, work, what, (peer,), tensor)
-
-    def start(
-        self, call: Callable[[dist.ProcessGroup], Any], what: str, peers: tuple[int, ...]
-    ) -> Pending:
-        """A collective of the library's own."""
-        try:
-            work = call(self.group)
-        except RuntimeError as error:
-            raise self.error(error, what, peers) from error
-        return _Started(self, work, what, peers, None)
-
-    def error(self, error: RuntimeError, what: str, peers: tuple[int, ...]) -> RunError:
-        names = ", ".join(rank_name(peer, self._plan.grid) for peer in peers)
-        return run_error(error, self._plan, self._rank, what, names)
-
-
-class _Started:
-    """A message under way. Holds its Work (dropping a receive's cancels it) and its tensor."""
-
-    __slots__ = ("_peers", "_tensor", "_what", "_wire", "_work")
-
-    def __init__(
-        self,
-        wire: _GroupWire,
-        work: dist.Work,
-        what: str,
-        peers: tuple[int, ...],
-        tensor: Tensor | None,
-    ) -> None:
-        wire.num_pending += 1
-        self._wire = wire
-        self._work: dist.Work | None = work
-        self._what = what
-        self._peers = peers
-        self._tensor = tensor
-
-    def wait(self) -> None:
-        if self._work is None:
-            return
-        try:
-            self._work.wait()  # without a limit of its own: the group's is the deadline
-        except RuntimeError as error:
-            raise self._wire.error(error, self._what, self._peers) from error
-        self._work = self._tensor = None
-        self._wire.num_pending -= 1
+        return wire.start(call, what, peers, tensors)
 
 
 def _channels(plan: Plan) -> list[Channel]:
@@ -266,6 +203,24 @@ def _channels(plan: Plan) -> list[Channel]:
 
 def _channel(plan: Plan, kind: str, ranks: tuple[int, ...], replica: int) -> Channel:
     return Channel(kind, tuple(plan.world_rank(rank, replica) for rank in ranks))
+
+
+def _real(*tensors: Tensor) -> list[Tensor]:
+    """Pairs of real numbers instead of complex ones, which not all of NCCL's collectives take."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+
+
+def _timeout(plan: Plan) -> timedelta:
+    """Of a process group: the deadline, where torch itself keeps it."""
+    times = _WATCHDOG_DEADLINES if plan.backend == "nccl" else 1
+    return timedelta(seconds=times * plan.options.deadline_seconds)
+
+
+def _priority(plan: Plan) -> Any:
+    """Kernels of NCCL, which are few, go before those of compute."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = _timeout(plan)  # torch warns of another one than new_group's
+    return options
 
 
 def _collective(name: str, older: str) -> Callable[..., Any]:

@@ -2,7 +2,8 @@
 
 Two implementations: `runtime.transfer` over torch.distributed, and `runtime.local` over queues,
 which runs every rank in threads of one process. Every call returns at once; what it started is
-over when `wait` of the returned Pending returns. Every wait has the plan's deadline.
+over when `wait` of the returned Pending returns. On a GPU it is over, then, for all that the
+device's current stream is given from there on. Every wait has the plan's deadline.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Pending", "Then", "Traffic", "Transport"]
+__all__ = ["Pending", "Sending", "Then", "Traffic", "Transport"]
 
 
 class Pending(Protocol):
@@ -24,6 +25,19 @@ class Pending(Protocol):
             DeadlineError: it did not end within the plan's deadline.
             PeerLostError: the other end died.
         """
+
+    def follow(self) -> None:
+        """On a GPU: what the current stream is given from now on comes after it.
+
+        Never blocks the process, and ends nothing: `wait` is still to be called, by compute.
+        """
+
+
+class Sending(Pending, Protocol):
+    """A message on its way."""
+
+    def is_over(self) -> bool:
+        """Whether `wait` would return at once. Always false on gloo, which learns it by waiting."""
 
 
 class Then:
@@ -38,6 +52,10 @@ class Then:
         if self._action is not None:
             action, self._action = self._action, None
             action()
+
+    def follow(self) -> None:
+        """Without what is done at its end."""
+        self._pending.follow()
 
 
 @dataclass(slots=True)
@@ -64,7 +82,7 @@ class Transport(Protocol):
 
     traffic: Traffic
 
-    def send(self, peer: int, tensor: Tensor, what: str) -> Pending:
+    def send(self, peer: int, tensor: Tensor, what: str) -> Sending:
         """To pipeline rank `peer` of the same replica; messages of a pair keep their order."""
 
     def receive(self, peer: int, tensor: Tensor, what: str) -> Pending:

@@ -16,9 +16,10 @@ from planner.model_file import ModelFile
 from planner.plan.types import Plan, Unit
 from runtime.build import build_model
 from runtime.data import Batches
-from runtime.executor import Executor, StepResult
+from runtime.executor import Executor
 from runtime.loss_scale import LossScale
 from runtime.reference import accumulate, accumulate_mixed, loss_of_model
+from runtime.result import StepResult
 from runtime.shards import UnitState
 
 __all__ = ["Difference", "Recorder", "compare", "tolerance_of", "worst"]

@@ -12,7 +12,8 @@ from training import relative_rms
 
 from planner.model_file import ModelFile
 from planner.plan.types import Plan
-from runtime.executor import Executor, StepResult
+from runtime.executor import Executor
+from runtime.result import StepResult
 from runtime.shards import UnitState
 
 __all__ = ["Numbers", "difference", "numbers_of"]

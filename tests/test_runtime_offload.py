@@ -17,6 +17,7 @@ from planner.plan.names import buffer_key, stream_of
 from planner.plan.types import Buffer, Instruction, Opcode, Plan
 from planner.schedules import Schedule
 from runtime.executor import Executor
+from runtime.local import LocalHub, LocalTransport
 from runtime.memory import peak_memory
 
 WIDTH, NUM_ROWS = 64, 256
@@ -78,6 +79,19 @@ def test_offloaded_state_is_on_the_device_only_while_it_is_used() -> None:
     assert on_one_rank(away, model_file, resident) < weights  # pools of a layer or two
     saved = peak_bytes(here, model_file) - peak_bytes(away, model_file)
     assert saved > 3 * weights - 3 * 4 * weights / 8  # all but the state of a few layers
+
+
+def test_state_that_is_offloaded_leaves_while_the_executor_is_built() -> None:
+    """Unit by unit: the device never holds the model twice."""
+    model_file = model_of(lambda: Wide(lambda: nn.Linear(WIDTH, WIDTH)), mean_square, rows)
+    made = plan_of(model_file, tuple(range(9)), offload_state=True)
+    model = model_file.build_model()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    transport = LocalTransport(LocalHub(made.grid, 20), 0)
+    with peak_memory(model.parameters(), torch.device("cpu")) as peak:
+        executor = Executor(made, model, transport, 0, loss_fn=mean_square)
+    executor.close()
+    assert weights <= peak.num_bytes < 1.5 * weights
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from planner.plan.types import PlanOptions
 from planner.schedules import Schedule
 from runtime.build import build_model
-from runtime.executor import Executor, StepResult
+from runtime.executor import Executor
+from runtime.result import StepResult
 from runtime.shards import UnitState
 
 SGD = partial(torch.optim.SGD, lr=100.0)

@@ -24,9 +24,10 @@ from planner.model_file import ModelFile
 from planner.plan.file import write_plan
 from planner.plan.types import Plan, PlanOptions
 from runtime.build import build_model
-from runtime.executor import Executor, StepResult
+from runtime.executor import Executor
 from runtime.reference import accumulate, loss_of_model
 from runtime.report import not_finite_message
+from runtime.result import StepResult
 
 LAYOUTS: list[dict[str, Any]] = [
     {"boundaries": (0, 5)},

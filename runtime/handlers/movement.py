@@ -21,13 +21,21 @@ def load(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     keys = [(tensor_of(name), name) for name in instruction.writes]
     precision = rank.plan.options.precision
 
+    # In mixed precision only what is needed of the batch is cast, here.
     def run() -> None:
         for key, name in keys:
-            # In mixed precision only what is needed of the batch is cast, here.
             rows = cast_tensor(rank.batch[key][first : first + size], precision)
-            rank.buffers[name] = rows.to(rank.device, non_blocking=True)
+            rank.buffers[name] = rows.to(rank.device)
 
-    return run
+    def run_beside() -> None:
+        parts = (rank.batch[key][first : first + size] for key, _ in keys)
+        rows = [cast_tensor(part, precision) for part in parts]
+        found, pending = rank.host.load(rows, rank.device)
+        for (_, name), tensor in zip(keys, found, strict=True):
+            rank.buffers[name] = tensor
+        rank.buffers.pending(instruction, pending)
+
+    return run_beside if rank.streams.is_asynchronous else run
 
 
 def fetch(rank: RankState, instruction: Instruction) -> None:

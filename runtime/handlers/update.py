@@ -27,11 +27,15 @@ def check_finite(rank: RankState, instruction: Instruction) -> None:
     for _, gradient in rank.gradients(instruction):
         # The largest element, which NaN passes through: unlike isfinite() it needs no memory.
         num_bad += ~torch.linalg.vector_norm(gradient, torch.inf).isfinite()
-    rank.finite = finite = torch.empty_like(num_bad[0], dtype=torch.bool)
+    finite = torch.empty_like(num_bad[0], dtype=torch.bool)
     rank.buffers[target] = finite
     pending = rank.transport.all_reduce_world(num_bad, describe(instruction))
-    then = Then(pending, lambda: finite.copy_(num_bad[0] == 0))
-    rank.buffers.pending(instruction, then)
+
+    def finish() -> None:
+        finite.copy_(num_bad[0] == 0)
+        rank.is_finite = rank.streams.figure(finite)
+
+    rank.buffers.pending(instruction, Then(pending, finish))
 
 
 def clip(rank: RankState, instruction: Instruction) -> None:
@@ -44,7 +48,7 @@ def clip(rank: RankState, instruction: Instruction) -> None:
     for name in instruction.reads:
         if kind_of(name) == "square":
             squares += rank.buffers[name]
-    rank.gradient_norm = norm = torch.empty_like(squares[0])
+    norm = torch.empty_like(squares[0])
     rank.buffers[target] = scale = torch.empty_like(norm, dtype=torch.float32)
 
     def finish() -> None:
@@ -52,6 +56,7 @@ def clip(rank: RankState, instruction: Instruction) -> None:
         if rank.loss_scale is not None:
             norm.div_(rank.loss_scale.scale)
         scale.copy_(torch.clamp(limit / (norm + 1e-6), max=1.0))  # torch's own formula
+        rank.gradient_norm = rank.streams.figure(norm)
 
     pending = rank.transport.all_reduce_world(squares, describe(instruction))
     rank.buffers.pending(instruction, Then(pending, finish))
@@ -70,7 +75,7 @@ def update(rank: RankState, instruction: Instruction) -> None:
     for name in instruction.writes:
         if kind_of(name) == "square":
             rank.buffers[name] = _square(rank, state, reduced)
-    if "finite" not in instruction.reads or bool(rank.buffers["finite"]):
+    if "finite" not in instruction.reads or rank.is_finite is None or rank.is_finite():
         for name in ("scale", "clip:scale"):
             if name in instruction.reads:
                 gradient.mul_(rank.buffers[name])
