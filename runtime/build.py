@@ -28,6 +28,7 @@ def make_executor(
     world_rank: int,
     device: torch.device,
     offload_folder: Path | None = None,
+    compile_backend: str | None = None,
 ) -> Executor:
     """The executor of one rank, with the model freshly built.
 
@@ -46,4 +47,5 @@ def make_executor(
         loss_weight=model_file.loss_weight,
         device=device,
         offload_folder=offload_folder,
+        compile_backend=compile_backend,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from planner.errors import PlanFileError
 from planner.plan.code import Reference, Statement, references
 from planner.plan.meaning import fill, function_of, template_of
+from runtime.compile import Compiled, Compiler
 from runtime.random import KeyedRandom
 
 __all__ = ["LossFunction", "StageProgram"]
@@ -55,14 +56,21 @@ class StageProgram:
         device: torch.device,
         random: KeyedRandom,
         loss_fn: LossFunction | None,
+        compiler: Compiler | None = None,
     ) -> None:
-        """Resolve every name.
+        """Resolve every name; a compiler takes the layers and the loss.
 
         Raises:
             PlanFileError: a module, parameter, buffer or operator does not exist.
         """
         self._outputs = tuple(outputs)
-        self.model, self.device, self.loss_fn = model, device, loss_fn
+        self.model, self.device = model, device
+        self._compiler = compiler
+        self.compiled: list[Compiled] = []
+        """What `compiler` was given."""
+        self.loss_fn = loss_fn
+        if loss_fn is not None and any(statement.function == "loss" for statement in code):
+            self.loss_fn = self._compiled(loss_fn, "the loss")
         self.batch: Mapping[str, Tensor] = {}
         self._random = random
         self._calls: list[_Call] = []
@@ -110,6 +118,8 @@ class StageProgram:
                 f"torch does not have: {error}",
                 hint="make the plan again with lga-plan for this model",
             ) from None
+        if statement.function == "layer":
+            function = self._compiled(function, f"layer {statement.path!r}")
         arguments = tuple(template_of(a, self.device) for a in statement.arguments)
         keywords = {key: template_of(value, self.device) for key, value in statement.keywords}
         evaluation_arguments, evaluation_keywords = _for_evaluation(function, arguments, keywords)
@@ -128,6 +138,12 @@ class StageProgram:
             dead=dead,
             reads=tuple(references) if are_values else None,
         )
+
+    def _compiled(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        if self._compiler is None:
+            return function
+        self.compiled.append(self._compiler.compiled(function, name))
+        return self.compiled[-1]
 
 
 def _for_evaluation(

@@ -6,6 +6,7 @@ does not know what the loop does.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ def connect(
     build_scheduler: BuildScheduler | None = None,
     loss_weight: LossWeight | None = None,
     offload_folder: str | Path | None = None,
+    compile_backend: str | None = None,
 ) -> Iterator[Executor]:
     """This rank's executor, ready for `step`; all ranks leave the block together.
 
@@ -52,6 +54,8 @@ def connect(
         build_scheduler: as in the model file; a constant rate by default.
         loss_weight: as in the model file; every micro-batch weighs the same by default.
         offload_folder: where what the plan offloads is in files, instead of in host memory.
+        compile_backend: compile layers and the loss with this backend of torch.compile; what runs
+            eagerly all the same is said in a warning on rank 0.
 
     Raises:
         PlanFileError: the plan's file is missing or damaged.
@@ -85,7 +89,11 @@ def connect(
             loss_weight=loss_weight,
             device=device,
             offload_folder=None if offload_folder is None else Path(offload_folder),
+            compile_backend=compile_backend,
         )
+        if executor.compile_report is not None and world_rank == 0:
+            for line in executor.compile_report.explain():
+                warnings.warn(line, stacklevel=3)
         try:
             yield executor
         finally:

@@ -5,6 +5,7 @@ the first instruction that conflicts with their buffers.
 """
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from planner.plan.names import kind_of
 from planner.plan.types import Opcode, Plan
 from planner.schedules import Schedule
 from runtime.code import LossFunction
+from runtime.compile import CompileReport
 from runtime.gathering import gather_objects
 from runtime.handlers import HANDLERS, Action
 from runtime.handlers.words import describe
@@ -32,6 +34,7 @@ from runtime.state import RankState
 from runtime.streams import Issued
 from runtime.surface import TrainingState
 from runtime.transport import Transport
+from runtime.warm_up import warm_up
 
 __all__ = ["Executor"]
 
@@ -67,6 +70,7 @@ class Executor(TrainingState):
         loss_weight: LossWeight | None = None,
         device: torch.device | str = "cpu",
         offload_folder: Path | None = None,
+        compile_backend: str | None = None,
     ) -> None:
         """Take this rank's parameters out of `model`; the others' memory is let go.
 
@@ -81,10 +85,12 @@ class Executor(TrainingState):
             loss_weight: as in the model file; every micro-batch weighs the same by default.
             device: where this rank computes.
             offload_folder: where what the plan offloads is in files, instead of in host memory.
+            compile_backend: compile layers and the loss with this backend of torch.compile, now for
+                steps and before the first evaluation for evaluations: collectives of all ranks.
 
         Raises:
-            UsageError: the optimizer cannot work on a partitioned state, or no file can be made in
-                the folder.
+            UsageError: the optimizer cannot work on a partitioned state, no file can be made in
+                the folder, or the backend is unknown or lacks its tools.
             PlanFileError: the plan's code names something that the model does not have, or its
                 buffers do not fit the model's parameters.
         """
@@ -98,6 +104,7 @@ class Executor(TrainingState):
             build_scheduler,
             torch.device(device),
             offload_folder,
+            compile_backend,
         )
         super().__init__(plan, model, rank)
         ends_loss = any("loss" in stage.plan.outputs for stage in rank.stages.values())
@@ -110,6 +117,11 @@ class Executor(TrainingState):
         loads = (i.opcode is Opcode.LOAD for p in programs for i in p.instructions)
         self.loads_batch = any(loads) or rank.loss_weights is not None
         self._lines = {program: tuple(_lines(self._rank, program)) for program in programs}
+        self.compile_report: CompileReport | None = None
+        """What of all ranks was compiled, and what runs eagerly; None where nothing should be."""
+        self._is_evaluation_compiled = False
+        if rank.compiler is not None and plan.schedule is not Schedule.FORWARD:
+            self.compile_report = warm_up(rank, rank.compiler, world_rank, training=True)
 
     @property
     def loss_scale(self) -> LossScale | None:
@@ -162,7 +174,20 @@ class Executor(TrainingState):
                 "the plan has no programs for evaluation", hint="plan again with lga-plan"
             )
         with _evaluation_mode(self._model):
+            self._compile_evaluation()
             return self._run(self._rank.evaluation, batch)
+
+    def _compile_evaluation(self) -> None:
+        """Before the first, and say what runs eagerly that was not said before."""
+        rank = self._rank
+        if rank.compiler is None or self._is_evaluation_compiled:
+            return
+        self._check_usable()
+        said, self._is_evaluation_compiled = self.compile_report, True
+        self.compile_report = warm_up(rank, rank.compiler, self.world_rank, training=False)
+        if self.world_rank == 0:
+            for line in self.compile_report.explain(known=said.eager if said else ()):
+                warnings.warn(line, stacklevel=3)
 
     def _run(
         self, program: Program, batch: Mapping[str, Tensor], rate: float | None = None

@@ -73,8 +73,17 @@ def _run(
     """What verification found wrong, empty if nothing."""
     console = shared_console if world_rank == 0 else Console(quiet=True)
     executor = make_executor(
-        plan, model_file, transport, world_rank, device, options.offload_folder
+        plan,
+        model_file,
+        transport,
+        world_rank,
+        device,
+        options.offload_folder,
+        options.compile_backend,
     )
+    if executor.compile_report is not None:
+        for line in (str(executor.compile_report), *executor.compile_report.explain()):
+            console.print(line, highlight=False, soft_wrap=True)
     start = Position()
     if options.resume_path is not None:
         info = executor.load(options.resume_path)
@@ -94,7 +103,8 @@ def _run(
     measured = _train(plan, options, batches, executor, console, first_step)
     if measured is not None:
         of_ranks = _gather(measured)
-        print_comparison(console, plan, of_ranks)
+        is_compiled = executor.compile_report is not None
+        print_comparison(console, plan, of_ranks, is_compiled=is_compiled)
         if options.timeline_path is not None and world_rank == 0:
             write_timeline(plan, _whole_timeline(of_ranks), options.timeline_path)
             console.print(f"timeline of the last step written to {options.timeline_path}")
@@ -112,7 +122,11 @@ def _train(
     console: Console,
     first_step: int,
 ) -> Measured | None:
-    """Train the remaining steps; the second measures memory, so its time does not count."""
+    """Train the remaining steps; the second measures memory, so its time does not count.
+
+    On a CPU what compiled code allocates cannot be followed.
+    """
+    measures_memory = executor.compile_report is None or executor.device.type != "cpu"
     seconds: list[float] = []
     peak_bytes, last = None, None
     with Progress(console, plan, options.num_steps, options.log_every) as progress:
@@ -121,7 +135,7 @@ def _train(
             if options.timeline_path is not None and step == options.num_steps - 1:
                 _start_together(executor.device)
             start = time.perf_counter()
-            if step == min(first_step + 1, options.num_steps - 1):
+            if measures_memory and step == min(first_step + 1, options.num_steps - 1):
                 with peak_memory(executor.resident_tensors(), executor.device) as peak:
                     result = executor.step(batch)
                 peak_bytes = peak.num_bytes
@@ -139,7 +153,7 @@ def _train(
                 executor.save(folder, asdict(batches.position(step + 1)))
                 console.print(f"checkpoint written to {folder}")
             last = result
-    if peak_bytes is None or last is None:
+    if last is None:
         return None
     is_wanted = options.timeline_path is not None and not executor.replica
     return Measured(

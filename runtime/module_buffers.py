@@ -81,6 +81,21 @@ class ModuleBuffers:
             for (module, name), value in zip(places, originals, strict=True):
                 module._buffers[name] = value
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around a forward that must leave no trace and shows nothing: on made-up samples."""
+        originals = [module._buffers[name] for module, name in self._places]
+        before = _values(self._places)
+        try:
+            yield
+        finally:
+            for (module, name), original, value in zip(
+                self._places, originals, before, strict=True
+            ):
+                assert original is not None
+                original.detach().copy_(value)
+                module._buffers[name] = original
+
     def apart(self, tensor: Tensor) -> Tensor:
         """A stage's output, copied if it is a view of a buffer that the next forward changes."""
         places = self._places if self._changing is None else self._changing

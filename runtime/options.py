@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from planner.console import SECONDS, SEED
 from planner.errors import UsageError
 from planner.plan.types import Plan
+from runtime.backends import DEFAULT_BACKEND, check_backend
 from runtime.checkpoint import read_info
 
 __all__ = ["RunOptions", "run_arguments", "run_options"]
@@ -33,6 +35,8 @@ class RunOptions:
     """A checkpoint to go on from, or a folder of checkpoints."""
     offload_folder: Path | None = None
     """Where what the plan offloads is in files, instead of in host memory."""
+    compile_backend: str | None = None
+    """Of torch.compile, for what stages call; None: stages run eagerly."""
     timeline_path: Path | None = None
     """Where the times of the last step's instructions go."""
     log_every: int = 1
@@ -51,6 +55,9 @@ class RunOptions:
         options = plan.options
         if self.offload_folder is not None:
             _check_offloads(plan)
+        if self.compile_backend is not None:
+            device = torch.device("cuda" if plan.backend == "nccl" else "cpu")
+            check_backend(self.compile_backend, device)
         if self.seed is not None:
             options = replace(options, seed=self.seed)
         if self.resume_path is not None:
@@ -90,6 +97,7 @@ class RunOptions:
         words += [] if self.resume_path is None else [f"--resume={self.resume_path}"]
         folder = self.offload_folder
         words += [] if folder is None else [f"--offload-folder={folder}"]
+        words += [] if self.compile_backend is None else [f"--compile={self.compile_backend}"]
         words += [] if self.timeline_path is None else [f"--timeline={self.timeline_path}"]
         words += [] if self.seed is None else [f"--seed={self.seed}"]
         words += [] if self.deadline_seconds is None else [f"--deadline={self.deadline_seconds!r}"]
@@ -102,6 +110,16 @@ def _check_offloads(plan: Plan) -> None:
             "--offload-folder is given, and the plan offloads nothing",
             hint="plan with --offload-state or --offload-inputs, or leave it out",
         )
+
+
+def _read_backend(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """`lga-run --compile PLAN MODEL` would take the plan for a backend."""
+    if value is not None and not value.isidentifier():
+        raise click.BadParameter(
+            f"{value!r} is no backend of torch.compile: write --compile={DEFAULT_BACKEND}, or "
+            "--compile after PLAN and MODEL"
+        )
+    return value
 
 
 _OPTIONS = (
@@ -152,6 +170,16 @@ _OPTIONS = (
         type=click.Path(path_type=Path, file_okay=False),
         help="Keep what the plan offloads in files of this folder instead of in host memory, which "
         "may then be smaller; on a GPU copies are slower, as their memory is not pinned.",
+    ),
+    click.option(
+        "--compile",
+        "compile_backend",
+        is_flag=False,
+        flag_value=DEFAULT_BACKEND,
+        metavar="[BACKEND]",
+        callback=_read_backend,
+        help="Compile the model's layers and its loss with torch.compile before the first step; "
+        f"BACKEND is {DEFAULT_BACKEND} unless given as --compile=BACKEND.",
     ),
     click.option(
         "--timeline",

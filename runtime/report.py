@@ -28,7 +28,8 @@ class Measured:
     """Pipeline rank."""
     step_seconds: float | None
     """Median over the steps that count; None where too few ran."""
-    peak_bytes: int
+    peak_bytes: int | None
+    """None where it cannot be measured."""
     timeline: Timeline | None = None
     """Of the last step, where it was asked for; of replica 0 only."""
 
@@ -100,7 +101,7 @@ def print_verdict(console: Console, found: Sequence[Difference]) -> str:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         console.print(
             f"verify: relative RMS up to {tolerance:g} allowed where additions are in another "
-            f"order: {shown}"
+            f"order, or compiled: {shown}"
         )
     failed = [difference for difference in found if not difference.passed]
     if not failed:
@@ -113,7 +114,9 @@ def print_verdict(console: Console, found: Sequence[Difference]) -> str:
     )
 
 
-def print_comparison(console: Console, plan: Plan, measured: Sequence[Measured]) -> None:
+def print_comparison(
+    console: Console, plan: Plan, measured: Sequence[Measured], *, is_compiled: bool = False
+) -> None:
     """Predicted against measured step time and peak memory."""
     prediction = plan.prediction
     table = Table(title="predicted and measured")
@@ -124,10 +127,19 @@ def print_comparison(console: Console, plan: Plan, measured: Sequence[Measured])
         predicted = prediction.step_seconds if prediction else None
         table.add_row("step time", *_row(predicted, max(seconds), 1e3, "ms"))
     for rank in range(plan.num_pipeline_ranks):
-        peak = max(m.peak_bytes for m in measured if m.rank == rank)
+        peaks = [m.peak_bytes for m in measured if m.rank == rank and m.peak_bytes is not None]
+        if not peaks:
+            continue
         expected = prediction.peak_bytes[rank] if prediction else None
-        table.add_row(f"peak memory, pipeline rank {rank}", *_row(expected, peak, 1 / 2**20, "MiB"))
+        table.add_row(
+            f"peak memory, pipeline rank {rank}", *_row(expected, max(peaks), 1 / 2**20, "MiB")
+        )
     console.print(table)
+    if is_compiled:
+        console.print(
+            "the predictions are of stages that run eagerly: what is compiled takes another time, "
+            "and other memory, which is not measured on a CPU"
+        )
     if not seconds:
         console.print("step time needs at least 3 steps: the first two warm up and measure memory")
 

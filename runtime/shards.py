@@ -124,6 +124,14 @@ class UnitState:
         """This rank's part of the weights that stages compute with, made from the shard."""
         return whole[self.first : self.last].copy_(self.shard)
 
+    def places_bytes(self) -> dict[int, int]:
+        """id() of each parameter -> bytes before it in the flat vector of whole weights."""
+        element_bytes = DTYPE_BYTES[self.weights_dtype]
+        return {
+            id(self.parameters[name]): first * element_bytes
+            for name, (first, _) in self.ranges.items()
+        }
+
     def views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view in the parameter's shape) of each parameter in a whole flat vector."""
         for name, (first, last) in self.ranges.items():

@@ -21,6 +21,7 @@ from planner.errors import UsageError
 from planner.passages import enter
 from planner.plan.types import StagePlan
 from runtime.code import LossFunction, StageProgram
+from runtime.compile import Compiled, Compiler
 from runtime.module_buffers import ModuleBuffers
 from runtime.random import KeyedRandom
 from runtime.saved import SavedTensors
@@ -65,6 +66,7 @@ class Stage:
         device: torch.device,
         random: KeyedRandom,
         shared_modules: frozenset[int] = frozenset(),
+        compiler: Compiler | None = None,
     ) -> None:
         """
         Args:
@@ -75,18 +77,37 @@ class Stage:
             device: where it runs.
             random: keys of the random operators.
             shared_modules: id() of modules that several stages call.
+            compiler: of what the stage calls; None where it runs eagerly.
         """
         self.plan = plan
         self._gradient_tensors = gradient_tensors
         self._random = random
         self._redraws: dict[Half | None, bool] = {}
         """Whether that backward draws random numbers; unknown before the first."""
-        self._program = StageProgram(plan.code, plan.outputs, model, device, random, loss_fn)
+        self._program = StageProgram(
+            plan.code, plan.outputs, model, device, random, loss_fn, compiler
+        )
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         modules = modules_of(plan, model)
         both = [m for key, m in modules.items() if key in shared_modules]
         self._buffers = ModuleBuffers(tuple(modules.values()), both)
         self.is_random = self._program.is_random
+
+    @property
+    def compiled(self) -> list[Compiled]:
+        """What of it is given to torch.compile."""
+        return self._program.compiled
+
+    def try_out(
+        self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, training: bool
+    ) -> None:
+        """Run it once, for its compilation's sake; buffers of the modules keep their values."""
+        with self._buffers.kept():
+            if not training:
+                self.evaluate(inputs, batch)
+                return
+            outputs, saved = self._forward(inputs, batch)
+            self.backward(saved, {name: torch.zeros_like(x) for name, x in outputs.items()})
 
     def forward(
         self, inputs: Mapping[str, Tensor], batch: Mapping[str, Tensor], micro_batch: int

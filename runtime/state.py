@@ -15,6 +15,7 @@ from planner.precision import Precision
 from planner.schedules import Schedule
 from runtime.buffers import Buffers, DeviceSends, Sends
 from runtime.code import LossFunction
+from runtime.compile import Compiler, reasons_to_run_eagerly
 from runtime.cuda import streams_of
 from runtime.host import HostMemory
 from runtime.loss_scale import LossScale
@@ -49,6 +50,7 @@ class RankState:
         build_scheduler: BuildScheduler | None,
         device: torch.device,
         offload_folder: Path | None = None,
+        compile_backend: str | None = None,
     ) -> None:
         self.plan, self.transport, self.device = plan, transport, device
         self.rank, self.replica = plan.coordinates(world_rank)
@@ -89,7 +91,13 @@ class RankState:
             pools = make_pools(plan, self.rank, "weights", self.units, programs, device)
         self.weights = WeightBuffers(pools, self.units)
         self.sums = make_pools(plan, self.rank, "sum", self.units, programs, device)
-        self.stages = _make_stages(plan, self.rank, model, loss_fn, device, self.random)
+        self.compiler: Compiler | None = None
+        if compile_backend is not None:
+            places = {k: v for s in self.units.values() for k, v in s.places_bytes().items()}
+            self.compiler = Compiler(compile_backend, device, places)
+        self.eager_stages = reasons_to_run_eagerly(plan, self.rank)
+        """Stages that are not compiled in any case, and why."""
+        self.stages = self._make_stages(model, loss_fn)
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.num_losses = plan.num_micro_batches * plan.num_replicas
         self._root: Tensor | None = None
@@ -236,6 +244,28 @@ class RankState:
             self.host.keep(f"host:{name}", self.value(name)).wait()
             self.drop(name)
 
+    def _make_stages(
+        self, model: torch.nn.Module, loss_fn: LossFunction | None
+    ) -> dict[int, Stage]:
+        plan = self.plan
+        callers = Counter(key for stage in plan.stages for key in modules_of(stage, model))
+        shared_modules = frozenset(key for key, number in callers.items() if number > 1)
+        gradient_tensors = frozenset(t.name for t in plan.tensors if t.requires_grad)
+        return {
+            stage.index: Stage(
+                stage,
+                gradient_tensors,
+                model,
+                loss_fn,
+                self.device,
+                self.random,
+                shared_modules,
+                None if stage.index in self.eager_stages else self.compiler,
+            )
+            for stage in plan.stages
+            if stage.rank == self.rank
+        }
+
     def _forget_others(self, model: torch.nn.Module) -> None:
         """Parameters of other ranks hold no memory."""
         held = {id(p) for state in self.units.values() for p in state.parameters.values()}
@@ -255,21 +285,3 @@ def _programs(plan: Plan, rank: int, *, loads_beside: bool) -> tuple[Program, Pr
         Program(training, is_evaluation=False, **given),
         Program(evaluation, is_evaluation=True, **given),
     )
-
-
-def _make_stages(
-    plan: Plan,
-    rank: int,
-    model: torch.nn.Module,
-    loss_fn: LossFunction | None,
-    device: torch.device,
-    random: KeyedRandom,
-) -> dict[int, Stage]:
-    callers = Counter(key for stage in plan.stages for key in modules_of(stage, model))
-    shared_modules = frozenset(key for key, number in callers.items() if number > 1)
-    gradient_tensors = frozenset(t.name for t in plan.tensors if t.requires_grad)
-    return {
-        stage.index: Stage(stage, gradient_tensors, model, loss_fn, device, random, shared_modules)
-        for stage in plan.stages
-        if stage.rank == rank
-    }
