@@ -15,7 +15,10 @@ exist only where a stage needs them. (DeepSpeed calls the levels ZeRO stages.) T
 levels. It does not know sizes, nor who is in a group.
 """
 
-__all__ = ["LEVELS", "divides_gradients", "gathers_for_passes", "gathers_updates", "offloaded"]
+__all__ = [
+    "LEVELS", "divides_gradients", "gathers_for_passes", "gathers_updates", "offloaded",
+    "partition_text",
+]  # fmt: skip
 
 LEVELS = (0, 1, 2, 3)
 
@@ -44,3 +47,8 @@ def offloaded(partition: int, *, offload_state: bool) -> tuple[str, ...]:
     if not offload_state:
         return ()
     return ("moments",) if gathers_updates(partition) else ("shard", "moments")
+
+
+def partition_text(partition: int, group_size: int) -> str:
+    """`3`, or `3 within 8` where groups of so many replicas each have all of the state."""
+    return f"{partition} within {group_size}" if partition and group_size else str(partition)

@@ -112,6 +112,8 @@ class Candidate:
     """Simulated; None where pruned or infeasible."""
     assignment: tuple[int, ...] = ()
     """Pipeline rank of each stage; empty: stage s on rank s mod P, as many on every rank."""
+    partition_group_size: int = 0
+    """Replicas that divide a partitioned state among them; 0: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
