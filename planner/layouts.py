@@ -1,7 +1,9 @@
 """Which world rank is which replica's which pipeline rank.
 
 World ranks fill the hosts of a cluster in order, so their numbering decides what stays inside a
-host. This module knows the arithmetic of ranks. It does not know clusters.
+host. A partitioned state is divided among a group of consecutive replicas, and every group has all
+of it; those that have the same part of it, one in each group, hold copies of each other's.
+This module knows the arithmetic of ranks. It does not know clusters.
 """
 
 from collections.abc import Sequence
@@ -34,10 +36,17 @@ class Grid:
     num_replicas: int
     num_pipeline_ranks: int
     layout: Layout = Layout.REPLICAS_INSIDE
+    partition_group_size: int = 0
+    """Consecutive replicas that divide a state among them; 0: all."""
 
     @property
     def world_size(self) -> int:
         return self.num_replicas * self.num_pipeline_ranks
+
+    @property
+    def num_parts(self) -> int:
+        """Of a state that is partitioned."""
+        return self.partition_group_size or self.num_replicas
 
     def world_rank(self, pipeline_rank: int, replica: int) -> int:
         if self.layout is Layout.PIPELINE_INSIDE:
@@ -57,3 +66,13 @@ class Grid:
         first = self.world_rank(pipeline_rank, 0)
         step = self.num_pipeline_ranks if self.layout is Layout.PIPELINE_INSIDE else 1
         return range(first, first + step * self.num_replicas, step)
+
+    def partition_groups(self, pipeline_rank: int) -> list[Sequence[int]]:
+        """World ranks of a pipeline rank that divide a state, group by group, in order of parts."""
+        replicas, size = self.replicas_of(pipeline_rank), self.num_parts
+        return [replicas[first : first + size] for first in range(0, len(replicas), size)]
+
+    def part_holders(self, pipeline_rank: int) -> list[Sequence[int]]:
+        """World ranks of a pipeline rank that have the same part, one in each group, by part."""
+        replicas, size = self.replicas_of(pipeline_rank), self.num_parts
+        return [replicas[part::size] for part in range(size)]

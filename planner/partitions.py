@@ -5,13 +5,20 @@
     2   and the reduced gradients
     3   and the weights
 
+The replicas that divide it are all of a pipeline rank's, or a group of them, such as those of one
+host (hybrid sharding): then the members of every group together have the whole state, weights are
+gathered inside groups, and gradients are summed over all replicas.
+
 With 1 and 2 every replica computes on whole weights that stay in place and updates its own part of
 them, and one gather a unit and step brings the updated parts together. With 3 the whole weights
 exist only where a stage needs them. (DeepSpeed calls the levels ZeRO stages.) This module knows the
-levels. It does not know sizes.
+levels. It does not know sizes, nor who is in a group.
 """
 
-__all__ = ["LEVELS", "divides_gradients", "gathers_for_passes", "gathers_updates", "offloaded"]
+__all__ = [
+    "LEVELS", "divides_gradients", "gathers_for_passes", "gathers_updates", "offloaded",
+    "partition_text",
+]  # fmt: skip
 
 LEVELS = (0, 1, 2, 3)
 
@@ -40,3 +47,8 @@ def offloaded(partition: int, *, offload_state: bool) -> tuple[str, ...]:
     if not offload_state:
         return ()
     return ("moments",) if gathers_updates(partition) else ("shard", "moments")
+
+
+def partition_text(partition: int, group_size: int) -> str:
+    """`3`, or `3 within 8` where groups of so many replicas each have all of the state."""
+    return f"{partition} within {group_size}" if partition and group_size else str(partition)

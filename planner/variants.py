@@ -15,6 +15,7 @@ from planner.layouts import Layout
 from planner.schedules import Schedule
 from planner.solve import Placement, Problem, Simulated
 from planner.solve.entry import Clock
+from planner.solve.groups import with_groups
 from planner.solve.mesh import Ground
 
 __all__ = ["improved"]
@@ -42,8 +43,9 @@ def improved(
     best, tried = (placement, step_seconds), {placement}
     for _ in range(MAX_ROUNDS):
         start = best
-        for other in _neighbours(start[0]):
-            if other in tried or not _may_be(problem, other):
+        for changed in _neighbours(start[0]):
+            other = with_groups(problem, changed)
+            if other is None or other in tried or not _may_be(problem, other):
                 continue
             if clock.left <= 0:
                 return best
@@ -52,7 +54,7 @@ def improved(
                 simulated = simulate(other)
             except UsageError:  # the schedule does not go with the placement
                 continue
-            mesh = ground.mesh(other.num_replicas, other.num_pipeline_ranks, other.layout)
+            mesh = ground.mesh(other.grid)
             if simulated.step_seconds < best[1] * WORTH and simulated.fits(mesh.limit_bytes):
                 best = (other, simulated.step_seconds)
         if best is start:

@@ -51,6 +51,7 @@ class Joined:
     def wait(self) -> None:
         for part in self._parts:
             part.wait()
+        self._parts.clear()  # and with them whatever they hold
 
     def follow(self) -> None:
         for part in self._parts:
@@ -65,9 +66,13 @@ class ExchangeTransport(ABC):
         self._grid = grid
         self._world = tuple(range(grid.world_size))
         self._pipeline_rank, self._replica = grid.coordinates(world_rank)
-        self._num_replicas = grid.num_replicas
         self._rank = world_rank
         self._replicas = tuple(grid.replicas_of(self._pipeline_rank))
+        group, part = divmod(self._replica, grid.num_parts)
+        self._group = tuple(grid.partition_groups(self._pipeline_rank)[group])
+        """Those that divide the state with this replica."""
+        self._same_part = tuple(grid.part_holders(self._pipeline_rank)[part])
+        """Those of the other groups with the same part of it, and this replica."""
         self._workers: dict[Channel, _Worker] = {}
         self._ways_to: dict[int, tuple[int, Wire]] = {}
         """By pipeline rank: world rank, and the open wire of this direction."""
@@ -96,64 +101,83 @@ class ExchangeTransport(ABC):
 
     def gather(self, shard: Tensor, output: Tensor, what: str) -> Pending:
         _check(shard, output)
-        _check_sizes(output, shard, self._num_replicas)
-        self.traffic.add("gather", shard.nbytes * (self._num_replicas - 1))
+        members = self._group
+        _check_sizes(output, shard, len(members))
+        self.traffic.add("gather", shard.nbytes * (len(members) - 1))
         parts = torch.split(output.view(-1), max(shard.numel(), 1))
-        mine = parts[self._replica] if shard.numel() else shard
+        mine = parts[members.index(self._rank)] if shard.numel() else shard
         if mine.data_ptr() != shard.data_ptr():  # else it is where it belongs
             mine.copy_(shard.view(-1))
-        if self._num_replicas == 1 or not shard.numel():
+        if len(members) == 1 or not shard.numel():
             return Joined(())
-        channel = Channel("gather", self._replicas)
-        return self._swap(channel, parts, [shard.view(-1)] * self._num_replicas, what)
+        channel = Channel("gather", members)
+        return self._swap(channel, parts, [shard.view(-1)] * len(members), what)
 
     def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
         _check(source, output)
-        _check_sizes(source, output, self._num_replicas)
-        self.traffic.add("reduce", output.nbytes * (self._num_replicas - 1))
-        sent = torch.split(source.view(-1), max(output.numel(), 1))
-        if self._num_replicas == 1 or not output.numel():
+        members, others = self._group, self._same_part
+        _check_sizes(source, output, len(members))
+        if len(members) == 1 or not output.numel():
             output.copy_(source.view_as(output))
-            return Joined(())
-        channel = Channel("reduce", self._replicas)
-        received = self._staging(sent[self._replica])
+            return self._all_reduce(others, output, output, what)
+        over_groups = self._bytes_of_sum(others, output)
+        self.traffic.add("reduce", output.nbytes * (len(members) - 1) + over_groups)
+        sent = torch.split(source.view(-1), max(output.numel(), 1))
+        channel, mine = Channel("reduce", members), members.index(self._rank)
+        received = self._staging(members, sent[mine])
         swap = self._swap(channel, received, sent, what)
 
         def finish() -> None:
             swap.wait()
-            ordered_sum(received, self._replica, output.view(-1))
+            ordered_sum(received, mine, output.view(-1))
+            received.clear()  # the sum over groups makes room of its own
+            if len(others) > 1:
+                self._begin_sum(others, output, output, what)()
 
         return self._run(channel, finish)
 
     def all_reduce(self, tensor: Tensor, what: str, source: Tensor | None = None) -> Pending:
         source = tensor if source is None else source
         _check(tensor, source)
-        if self._num_replicas == 1 or not tensor.numel():
-            self.traffic.add("reduce", 0)
+        return self._all_reduce(self._replicas, tensor, source, what)
+
+    def _all_reduce(
+        self, members: tuple[int, ...], tensor: Tensor, source: Tensor, what: str
+    ) -> Pending:
+        self.traffic.add("reduce", self._bytes_of_sum(members, tensor))
+        if len(members) == 1 or not tensor.numel():
             if source is not tensor:
                 tensor.copy_(source)
             return Joined(())
-        sizes = part_sizes(tensor.numel(), self._num_replicas)
+        return self._run(Channel("reduce", members), self._begin_sum(members, tensor, source, what))
+
+    def _bytes_of_sum(self, members: tuple[int, ...], tensor: Tensor) -> int:
+        """That leave this rank where the members add up a tensor."""
+        size = part_sizes(tensor.numel(), len(members))[members.index(self._rank)]
+        return tensor.nbytes + size * tensor.element_size() * (len(members) - 2)
+
+    def _begin_sum(
+        self, members: tuple[int, ...], tensor: Tensor, source: Tensor, what: str
+    ) -> Callable[[], None]:
+        """Start `tensor` = the sum of `source` over two members or more; what is left to do."""
+        sizes, place = part_sizes(tensor.numel(), len(members)), members.index(self._rank)
         parts, sent = torch.split(tensor.view(-1), sizes), torch.split(source.view(-1), sizes)
-        mine = parts[self._replica]
-        share = Channel("share", self._replicas)
-        channel = Channel("reduce", self._replicas)
-        num_bytes = tensor.nbytes + mine.nbytes * (self._num_replicas - 2)
-        self.traffic.add("reduce", num_bytes)
+        mine = parts[place]
+        share, channel = Channel("share", members), Channel("reduce", members)
         # A member sends its finished part only after it has received ours for that part, so the
         # finished parts may arrive in the very tensor that the first half is sent from.
         arriving = self._receive_from_others(share, parts, what)
-        received = self._staging(sent[self._replica])
+        received = self._staging(members, sent[place])
         swap = self._swap(channel, received, sent, what)
 
         def finish() -> None:
             swap.wait()
-            ordered_sum(received, self._replica, mine)
-            leaving = self._send_to_others(share, [mine] * self._num_replicas, what)
+            ordered_sum(received, place, mine)
+            leaving = self._send_to_others(share, [mine] * len(members), what)
             arriving.wait()
             leaving.wait()
 
-        return self._run(channel, finish)
+        return finish
 
     def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
         _check(tensor)
@@ -173,12 +197,9 @@ class ExchangeTransport(ABC):
     def _world_rank(self, pipeline_rank: int) -> int:
         return self._grid.world_rank(pipeline_rank, self._replica)
 
-    def _staging(self, mine: Tensor) -> list[Tensor]:
-        """Room for every replica's version of my part; my own version is already here."""
-        return [
-            mine if replica == self._replica else torch.empty_like(mine)
-            for replica in range(self._num_replicas)
-        ]
+    def _staging(self, members: tuple[int, ...], mine: Tensor) -> list[Tensor]:
+        """Room for every member's version of my part; my own version is already here."""
+        return [mine if member == self._rank else torch.empty_like(mine) for member in members]
 
     def _swap(
         self, channel: Channel, received: Iterable[Tensor], sent: Iterable[Tensor], what: str

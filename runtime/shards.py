@@ -1,11 +1,12 @@
 """Parameters of a rank as flat vectors: weights, gradients, and this replica's part of them.
 
 A unit's parameters lie one after another in one flat vector. The user's parameters become views of
-it, so the user's modules compute on it directly. With partition 1 to 3 each replica owns one equal
-part (padded) of the vector. With 1 and 2 that part is a view of the whole, which stays. With 3 the
-whole exists only in a gather buffer, while a stage needs it. So it does with partition 0 where the
-state lives in host memory, and the shard is here while it is used. In mixed precision the shard is
-always a vector of its own, the masters in float32, and the whole is the copy to compute with.
+it, so the user's modules compute on it directly. With partition 1 to 3 each replica of a partition
+group owns one equal part (padded) of the vector. With 1 and 2 that part is a view of the whole,
+which stays. With 3 the whole exists only in a gather buffer, while a stage needs it. So it does
+with partition 0 where the state lives in host memory, and the shard is here while it is used. In
+mixed precision the shard is always a vector of its own, the masters in float32, and the whole is
+the copy to compute with.
 
 This module knows memory and names. It does not know when anything happens.
 """
@@ -34,7 +35,7 @@ class Piece:
     """What the optimizer sees: the user's own where this rank updates whole parameters in place."""
     first: int
     last: int
-    """Range in the unit's flat vector (padded, all replicas)."""
+    """Range in the unit's flat vector (padded, all parts)."""
 
 
 class UnitState:
@@ -54,7 +55,7 @@ class UnitState:
         self.divides_gradients = plan.divides_gradients
         self.gathered = plan.gathers
         self.ranges, length = self._ranges(is_packed=plan.partition == 3)
-        parts = plan.num_replicas
+        parts = plan.num_parts
         self.part_length = math.ceil(length / parts)
         self.padded_length = self.part_length * parts if self.partitioned else length
         dtype = next(iter(self.parameters.values())).dtype
@@ -66,7 +67,7 @@ class UnitState:
         whole = self._copied(dtype)
         self.first, self.last = 0, length
         if self.partitioned:
-            self.first = replica * self.part_length
+            self.first = replica % parts * self.part_length
             self.last = self.first + self.part_length
         self._whole: Tensor | None = None
         self._shard: Tensor | None = whole[self.first : self.last]

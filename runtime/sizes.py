@@ -85,8 +85,8 @@ def _lengths(plan: Plan, state: UnitState) -> tuple[int, int]:
     """Elements of the whole unit, padded, and of one rank's part, as the plan counts them."""
     if not state.partitioned:
         return state.num_elements, state.num_elements
-    part = -(-state.num_elements // plan.num_replicas)
-    return part * plan.num_replicas, part
+    part = -(-state.num_elements // plan.num_parts)
+    return part * plan.num_parts, part
 
 
 def make_pools(

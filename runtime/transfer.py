@@ -9,9 +9,10 @@ watchdog, which ends the process without a word about what it waited for, comes 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class DistributedTransport(ExchangeTransport):
     def __init__(self, plan: Plan, world_rank: int, device: torch.device) -> None:
         super().__init__(plan.grid, world_rank)
         self._plan = plan
+        self._device = device
         self._library = plan.backend == "nccl"
         self._wires: dict[Channel, GroupWire] = {}
         for channel in _channels(plan):  # every rank must help to make every group
@@ -99,11 +101,11 @@ class DistributedTransport(ExchangeTransport):
         return self._wires[channel]
 
     def gather(self, shard: Tensor, output: Tensor, what: str) -> Pending:
-        if not self._library or self._num_replicas == 1:
+        if not self._library or len(self._group) == 1:
             return super().gather(shard, output, what)
-        self.traffic.add("gather", shard.nbytes * (self._num_replicas - 1))
+        self.traffic.add("gather", shard.nbytes * (len(self._group) - 1))
         call = _collective("all_gather_single", "all_gather_into_tensor")
-        channel, (whole, part) = Channel("gather", self._replicas), _real(output, shard)
+        channel, (whole, part) = Channel("gather", self._group), _real(output, shard)
         return self._start(
             channel,
             what,
@@ -113,26 +115,27 @@ class DistributedTransport(ExchangeTransport):
         )
 
     def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
-        if not self._library or self._num_replicas == 1:
+        if not self._library or len(self._replicas) == 1:
             return super().reduce_scatter(source, output, what)
-        self.traffic.add("reduce", output.nbytes * (self._num_replicas - 1))
-        call = _collective("reduce_scatter_single", "reduce_scatter_tensor")
-        channel, (part, whole) = Channel("reduce", self._replicas), _real(output, source)
-        return self._start(
-            channel,
-            what,
-            lambda group: call(part, whole, group=group, async_op=True),
-            output,
-            source,
-        )
+        over_groups = self._bytes_of_sum(self._same_part, output)
+        self.traffic.add("reduce", output.nbytes * (len(self._group) - 1) + over_groups)
+        if len(self._same_part) == 1:
+            return self._reduce_scatter(source, output, what)
+        # Two calls of two groups, the second behind the first: on a stream of their own, so that
+        # the wait between them holds up neither this thread nor the stream that computes.
+        stream = self._sums
+        stream.wait_stream(torch.cuda.current_stream(output.device))
+        with torch.cuda.stream(stream):
+            self._reduce_scatter(source, output, what).wait()
+            return self._sum(Channel("reduce", self._same_part), output, what)
 
     def all_reduce(self, tensor: Tensor, what: str, source: Tensor | None = None) -> Pending:
-        if not self._library or self._num_replicas == 1:
+        if not self._library or len(self._replicas) == 1:
             return super().all_reduce(tensor, what, source)
         if source is not None and source is not tensor:
             tensor.copy_(source)
-        part = -(-tensor.nbytes // self._num_replicas)
-        self.traffic.add("reduce", 2 * part * (self._num_replicas - 1))
+        part = -(-tensor.nbytes // len(self._replicas))
+        self.traffic.add("reduce", 2 * part * (len(self._replicas) - 1))
         return self._sum(Channel("reduce", self._replicas), tensor, what)
 
     def all_reduce_tied(self, tensor: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
@@ -160,10 +163,27 @@ class DistributedTransport(ExchangeTransport):
             with suppress(RuntimeError):
                 dist.destroy_process_group()
 
+    def _reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
+        """By the library, inside the partition group."""
+        call = _collective("reduce_scatter_single", "reduce_scatter_tensor")
+        channel, (part, whole) = Channel("reduce", self._group), _real(output, source)
+        return self._start(
+            channel,
+            what,
+            lambda group: call(part, whole, group=group, async_op=True),
+            output,
+            source,
+        )
+
     def _sum(self, channel: Channel, tensor: Tensor, what: str) -> Pending:
         return self._start(
             channel, what, lambda group: dist.all_reduce(tensor, group=group, async_op=True), tensor
         )
+
+    @cached_property
+    def _sums(self) -> torch.cuda.Stream:
+        """On which sums in groups, and then over groups, follow one another."""
+        return torch.cuda.Stream(self._device)
 
     def _start(
         self,
@@ -192,13 +212,27 @@ def _channels(plan: Plan) -> list[Channel]:
     for replica in range(plan.num_replicas):
         found += [_channel(plan, "pair", pair, replica) for pair in sorted(pairs)]
         found += [_channel(plan, "tied", ranks, replica) for ranks in sorted(tied)]
-    if plan.num_replicas > 1:
-        for rank in range(plan.num_pipeline_ranks):
-            members = tuple(plan.grid.replicas_of(rank))
-            found += [Channel(kind, members) for kind in ("gather", "reduce", "share")]
+    for rank in range(plan.num_pipeline_ranks):
+        found += _replica_channels(plan, rank)
     if plan.world_size > 1:
         found.append(Channel("world", tuple(range(plan.world_size))))
     return found
+
+
+def _replica_channels(plan: Plan, rank: int) -> Iterator[Channel]:
+    """Among all replicas of a pipeline rank; and inside its partition groups, and over them, where
+    these are not all."""
+    everyone = tuple(plan.grid.replicas_of(rank))
+    groups = [tuple(group) for group in plan.grid.partition_groups(rank)]
+    yield from (Channel("gather", group) for group in groups if len(group) > 1)
+    sums = [everyone]
+    if plan.divides_gradients and len(groups) > 1:
+        holders = [tuple(members) for members in plan.grid.part_holders(rank)]
+        yield from (Channel("reduce", group) for group in groups)
+        sums = holders
+    for members in sums:
+        if len(members) > 1:
+            yield from (Channel(kind, members) for kind in ("reduce", "share"))
 
 
 def _channel(plan: Plan, kind: str, ranks: tuple[int, ...], replica: int) -> Channel:

@@ -89,13 +89,13 @@ class Transport(Protocol):
         """From pipeline rank `peer` of the same replica, into `tensor`."""
 
     def gather(self, shard: Tensor, output: Tensor, what: str) -> Pending:
-        """`output` = shards of all replicas of this pipeline rank, in replica order."""
+        """`output` = shards of this replica's partition group, in replica order."""
 
     def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
         """`output` = this replica's part of the sum of `source` over replicas.
 
-        The sum is taken in replica order, so it does not depend on who computes it. `output`
-        may be that part of `source` itself.
+        The sum is taken in replica order inside each partition group, then over the groups, so it
+        does not depend on who computes it. `output` may be that part of `source` itself.
         """
 
     def all_reduce(self, tensor: Tensor, what: str, source: Tensor | None = None) -> Pending:

@@ -28,7 +28,11 @@ __all__ = ["Small", "best_seconds", "placements", "random_problem", "simulator"]
 
 _Value = TypeVar("_Value")
 MAX_BUFFERS = 3
-DEMANDS = tuple(field.name for field in dataclasses.fields(Constraints) if field.name != "schedule")
+DEMANDS = tuple(
+    field.name
+    for field in dataclasses.fields(Constraints)
+    if field.name not in ("schedule", "partition_within")
+)
 STAGES = ("modular", "stages_per_rank", "num_pipeline_ranks")
 
 
@@ -41,21 +45,29 @@ class Small:
     simulated: dict[Placement, Simulated]
 
 
-def random_problem(seed: int, max_placements: int, *, assigned: bool = False) -> Small:
+def random_problem(
+    seed: int, max_placements: int, *, assigned: bool = False, grouped: bool = False
+) -> Small:
     """A chain of up to 10 unequal layers on up to 4 devices, its memory often tight.
 
     Demands are added until at most `max_placements` are left; a fresh seed demands other things.
     With `assigned`, stages are free to be on any ranks of at least two, and the first and the last
-    layer often share weights; of 3 to 5 layers then.
+    layer often share weights; of 3 to 5 layers then. With `grouped`, most states are partitioned
+    inside groups of the four replicas, on several hosts.
     """
     generator = random.Random(seed)
     num_layers = generator.randint(3, 5) if assigned else generator.randint(1, 10)
     problem = _free_problem(generator, num_layers, assigned=assigned)
     if seed % 3 == 0:
         problem = _mixed(problem)
-    names = [name for name in DEMANDS if not (assigned and name in STAGES)]
+    wanted: dict[str, int | bool | str] = {}
+    if grouped:
+        problem = _on_hosts(problem, generator)
+        wanted["partition_within"] = generator.choice(["host", 2])
+        wanted["partition"] = generator.choice([1, 2, 3])
+        wanted["num_replicas"] = 4
+    names = [name for name in DEMANDS if not (assigned and name in STAGES) and name not in wanted]
     generator.shuffle(names)
-    wanted: dict[str, int | bool] = {}
     if assigned:
         wanted["num_pipeline_ranks"] = min(generator.randint(2, 3), problem.num_devices)
     while True:
@@ -78,6 +90,22 @@ def random_problem(seed: int, max_placements: int, *, assigned: bool = False) ->
         problem=dataclasses.replace(demanded, memory_limit_bytes=limit),
         num_layers=num_layers,
         simulated=simulated,
+    )
+
+
+def _on_hosts(problem: Problem, generator: random.Random) -> Problem:
+    """The problem on hosts of two devices or four."""
+    num_devices, per_host = generator.choice([(4, 2), (8, 4), (8, 2)])
+    cluster = _cluster(generator, num_devices)
+    host = dataclasses.replace(
+        cluster.hosts[0], num_devices=per_host, adapter_bandwidth=generator.choice([None, 1e8])
+    )
+    hosts = (host,) * (num_devices // per_host)
+    return dataclasses.replace(
+        problem,
+        cluster=dataclasses.replace(cluster, hosts=hosts),
+        num_devices=num_devices,
+        global_batch_size=generator.choice([4, 8]),
     )
 
 
@@ -151,7 +179,31 @@ def placements(
             # Ranks of one host differ in nothing but their numbers.
             alike = replicas * ranks <= problem.cluster.hosts[0].num_devices
             stages = _assignments(wanted, num_layers, ranks, alike)
-            yield from _of_mesh(wanted, num_layers, (replicas, ranks, size, count), stages)
+            for placement in _of_mesh(wanted, num_layers, (replicas, ranks, size, count), stages):
+                yield from _in_groups(problem, placement)
+
+
+def _in_groups(problem: Problem, placement: Placement) -> Iterator[Placement]:
+    """The placement with the largest groups that are demanded; none where there are none."""
+    within, replicas = problem.constraints.partition_within, placement.num_replicas
+    if within is None or not placement.partition:
+        yield placement
+        return
+    ends = list(itertools.accumulate(host.num_devices for host in problem.cluster.hosts))
+    rows = [
+        [
+            sum(placement.grid.world_rank(rank, replica) >= end for end in ends)
+            for replica in range(replicas)
+        ]
+        for rank in range(placement.num_pipeline_ranks)
+    ]
+    for size in range(replicas, 1, -1):
+        groups = [row[first : first + size] for row in rows for first in range(0, replicas, size)]
+        inside = all(len(set(group)) == 1 for group in groups)
+        if replicas % size == 0 and (inside if within == "host" else size == within):
+            group_size = size if size < replicas else 0
+            yield dataclasses.replace(placement, partition_group_size=group_size)
+            return
 
 
 def _assignments(

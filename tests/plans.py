@@ -17,6 +17,8 @@ def minimal_plan(
     pairs: Iterable[tuple[int, int]] | None = None,
     tied: Iterable[tuple[int, ...]] = (),
     layout: Layout = Layout.REPLICAS_INSIDE,
+    partition: int = 0,
+    partition_group_size: int = 0,
     deadline_seconds: float = 30.0,
     heartbeat_seconds: float = 3.0,
 ) -> Plan:
@@ -56,7 +58,7 @@ def minimal_plan(
         num_pipeline_ranks=num_pipeline_ranks,
         micro_batch_size=1,
         num_micro_batches=1,
-        partition=0,
+        partition=partition,
         offload_state=False,
         schedule=Schedule.LAYERED,
         layer_names=(),
@@ -72,6 +74,7 @@ def minimal_plan(
         evaluation=(),
         buffers=((),) * num_pipeline_ranks,
         layout=layout,
+        partition_group_size=partition_group_size,
     )
 
 

@@ -62,7 +62,9 @@ def _placement(chooser: random.Random) -> Placement:
     one_stage = schedule in (Schedule.GPIPE, Schedule.ONE_F_ONE_B, Schedule.ZERO_BUBBLE)
     num_stages = num_ranks if one_stage else chooser.randint(num_ranks, 5)
     num_micro_batches = chooser.randint(1, 3)
-    num_replicas = chooser.choice((1, 1, 2))
+    num_replicas, partition_group_size = chooser.choice((1, 1, 2)), 0
+    if num_replicas > 1 and num_micro_batches == 2:
+        num_replicas, partition_group_size = 4, 2
     placement = chain_placement(
         num_stages,
         num_ranks,
@@ -71,6 +73,7 @@ def _placement(chooser: random.Random) -> Placement:
         partition=chooser.choice((0, 1, 2, 3)) if num_replicas > 1 else 0,
         num_weight_buffers=chooser.randint(1, 3),
         num_gradient_buffers=chooser.randint(1, 3),
+        partition_group_size=partition_group_size,
     )
     boundaries = [0]
     for _ in range(num_stages):

@@ -177,6 +177,7 @@ def choice_of(placement: Placement) -> Choice:
         offload_inputs=placement.offload_inputs,
         num_buffers=placement.num_weight_buffers,
         layout=placement.layout,
+        partition_group_size=placement.partition_group_size,
     )
 
 

@@ -206,6 +206,7 @@ def chain_placement(
     offload_state: bool = False,
     offload_inputs: bool = False,
     layout: Layout = Layout.REPLICAS_INSIDE,
+    partition_group_size: int = 0,
     stage_ranks: tuple[int, ...] | None = None,
 ) -> Placement:
     """Equal stages, s on rank s mod P unless `stage_ranks` says where."""
@@ -225,6 +226,7 @@ def chain_placement(
         offload_state=offload_state,
         offload_inputs=offload_inputs,
         layout=layout,
+        partition_group_size=partition_group_size,
     )
 
 

@@ -29,6 +29,7 @@ def _fields(plan: Plan) -> Iterator[tuple[str, Plan]]:
         "num_micro_batches": (plan.num_micro_batches - 1, plan.num_micro_batches + 1),
         "micro_batch_size": (plan.micro_batch_size - 1, plan.micro_batch_size + 1),
         "partition": (0, 1, 2, 3),
+        "partition_group_size": (0, 2, 3),
         "offload_state": (not plan.offload_state,),
         "num_random_operators": (plan.num_random_operators - 1, plan.num_random_operators + 1),
         "layer_names": (

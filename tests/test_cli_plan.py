@@ -154,6 +154,34 @@ def test_the_same_command_writes_the_same_plan(folder: Path) -> None:
             "--micro-batches 3 are no multiple of --pipeline-ranks 2",
         ),
         (("--gpus", "2", "--partition", "4"), "partition"),
+        (("--gpus", "4", "--partition-within", "hosts"), "partition-within"),
+        (("--gpus", "4", "--partition-within", "0"), "partition-within"),
+        (
+            ("--gpus", "4", "--replicas", "4", "--partition-within", "3"),
+            "--replicas 4 do not divide into groups of --partition-within 3",
+        ),
+        (("--gpus", "4", "--partition-within", "8"), "--gpus is 4"),
+        (("--gpus", "4", "--partition-within", "2", "--partition", "0"), "divides nothing"),
+        (("--gpus", "4", "--partition-within", "1", "--partition", "3"), "have it whole"),
+        (
+            (
+                *("--gpus", "4", "--pipeline-ranks", "4"),
+                *("--partition-within", "host", "--partition", "3"),
+            ),
+            "leave one replica",
+        ),
+        (
+            ("--gpus", "16", "--replicas", "3", "--partition-within", "2", "--partition", "2"),
+            "do not divide",
+        ),
+        (
+            (
+                *("--gpus", "3", "--batch-size", "3", "--pipeline-ranks", "1"),
+                *("--partition-within", "2", "--partition", "2"),
+            ),
+            "no mesh of up to 3 devices serves a global batch of 3 samples with "
+            "num pipeline ranks 1, partition 2, partition within 2",
+        ),
         (("--gpus", "4", "--replicas", "3", "--pipeline-ranks", "2"), "replicas"),
         (("--gpus", "2", "--batch-size", "7", "--replicas", "2"), "7"),
         (("--gpus", "2", "--output", "missing/a.yaml"), "cannot write"),
@@ -211,6 +239,40 @@ def test_clipping_and_the_finite_check_stand_before_every_update(folder: Path) -
         opcodes = [instruction.opcode for instruction in program]
         assert opcodes.index(Opcode.CLIP) < opcodes.index(Opcode.UPDATE)
         assert opcodes.count(Opcode.CHECK_FINITE) == 1
+
+
+def test_the_state_is_divided_inside_hosts(folder: Path) -> None:
+    """Of two hosts of eight devices each."""
+    for options, groups in (
+        (("--replicas", "16"), (16, 8)),
+        (("--replicas", "16", "--partition-within", "4"), (16, 4)),
+        (("--replicas", "16", "--partition-within", "16"), (16, 0)),
+        (("--replicas", "8", "--pipeline-ranks", "1"), (8, 0)),
+        (("--replicas", "16", "--partition-within", "1"), (16, 0)),
+    ):
+        within = () if "--partition-within" in options else ("--partition-within", "host")
+        level = () if options[-2:] == ("--partition-within", "1") else ("--partition", "3")
+        made = plan("--gpus", "16", "--batch-size", "32", *options, *within, *level)
+        assert made.exit_code == 0, made.output
+        written = read_plan(folder / "small.plan.yaml")
+        assert (written.num_replicas, written.partition_group_size) == groups
+        assert written.partition == (3 if level else 0)
+        said = f"of groups of {groups[1]}, each with all of it" in " ".join(made.output.split())
+        assert said == bool(groups[1])
+        assert run(check_command, "small.plan.yaml").exit_code == 0
+
+
+def test_no_host_has_two_replicas(folder: Path) -> None:
+    (folder / "apart.yaml").write_text(
+        "hosts:\n  - {device: a100-80, count: 1, copies: 4}\nnetwork: ethernet-100\n"
+    )
+    words = ("--gpus", "4", "--cluster", "apart.yaml", "--partition-within", "host")
+    refused = plan(*words, "--partition", "3")
+    assert refused.exit_code == 2, refused.output
+    assert "partition 3, partition within host" in " ".join(refused.output.split())
+    made = plan(*words)
+    assert made.exit_code == 0, made.output
+    assert read_plan(folder / "small.plan.yaml").partition == 0
 
 
 def test_updates_do_not_wait_for_a_delayed_norm(folder: Path) -> None:

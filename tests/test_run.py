@@ -18,7 +18,7 @@ from planner.schedules import Schedule
 from runtime.build import build_model
 
 
-def plan(folder: Path, model: str, *options: str) -> Path:
+def plan(folder: Path, model: str, *options: str, num_hosts: int = 1) -> Path:
     """Plan for processes of this machine; the cluster is given so that nothing is measured.
 
     In this process: starting the command takes longer than what it does.
@@ -27,7 +27,8 @@ def plan(folder: Path, model: str, *options: str) -> Path:
         "name: four processes\n"
         "hosts:\n"
         "  - device: v100-32\n"
-        "    count: 4\n"
+        f"    count: {4 // num_hosts}\n"
+        f"    copies: {num_hosts}\n"
         "network: loopback\n"
         "backend: gloo\n"
     )
@@ -110,6 +111,31 @@ def test_every_instruction_over_gloo_is_what_it_is_between_threads(
     expected = train_by_plan(example("mlp")[0], made, num_steps=3).state
     assert expected.keys() == trained.keys()
     assert all(torch.equal(trained[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("partition", [2, 3])
+def test_state_divided_inside_hosts_trains(partition: int, tmp_path: Path) -> None:
+    """Four processes on two hosts; what they leave goes on where nothing is divided."""
+    model = str(EXAMPLES / "mlp.py")
+    shape = ("--gpus", "4", "--replicas", "4", "--batch-size", "16", "--micro-batches", "2")
+    words = ("--partition", str(partition), "--partition-within", "host", "--clip-norm", "1")
+    path = plan(tmp_path, model, *shape, *words, num_hosts=2)
+    made = read_plan(path)
+    assert (made.partition, made.partition_group_size) == (partition, 2)
+    words = ("--verify", "--steps", "3", "--save", "weights.pt", "--save-every", "2")
+    result = command(tmp_path, "lga-run", str(path), model, *words, "--checkpoints", "kept")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "verify: passed" in result.stdout
+    trained = torch.load(tmp_path / "weights.pt", weights_only=True)
+    expected = train_by_plan(example("mlp")[0], made, num_steps=3).state
+    assert all(torch.equal(trained[key], value) for key, value in expected.items())
+    whole = plan(tmp_path, model, *shape, "--partition", "0", "--clip-norm", "1", num_hosts=2)
+    words = ("--steps", "3", "--save", "others.pt", "--resume", "kept/step-000002")
+    result = command(tmp_path, "lga-run", str(whole), model, *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    others = torch.load(tmp_path / "others.pt", weights_only=True)
+    for key, value in trained.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_torchrun_trains_the_same(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def test_bytes_of_messages_are_those_of_their_tensors(seed: int) -> None:
     units = {unit.name: unit for unit in plan.units}
     wanted: dict[str, float] = defaultdict(float)
     sent = [0] * plan.num_pipeline_ranks
-    share = (plan.num_replicas - 1) / plan.num_replicas
+    replicas, parts = plan.num_replicas, plan.partition_group_size or plan.num_replicas
+    share, groups = (parts - 1) / parts, replicas // parts
+    over_groups = 2 * (groups - 1) / groups / parts
     for rank, program in enumerate(plan.programs):
         for instruction in program:
             leaving = 0.0
@@ -151,11 +153,12 @@ def test_bytes_of_messages_are_those_of_their_tensors(seed: int) -> None:
             elif unit is not None:
                 whole = unit.num_elements * DTYPE_BYTES[unit.dtype]
                 divides = plan.partition >= 2
-                part = -(-unit.num_elements // plan.num_replicas) if divides else None
+                part = -(-unit.num_elements // parts) if divides else None
                 reduced = whole if part is None else part * DTYPE_BYTES[unit.dtype]
                 leaving = {
                     Opcode.GATHER: whole * share if plan.partition else 0.0,  # a copy
-                    Opcode.REDUCE: whole * share * (1 if divides else 2),
+                    Opcode.REDUCE: whole
+                    * (share + over_groups if divides else 2 * (replicas - 1) / replicas),
                     Opcode.REDUCE_TIED: 2 * reduced * (len(unit.ranks) - 1) / len(unit.ranks),
                 }.get(instruction.opcode, 0.0)
             for way in ("in", "out"):

@@ -30,6 +30,19 @@ def test_optimum_of_small_problems(seed: int) -> None:
     check(random_problem(seed, max_placements=150))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_optimum_of_small_problems_in_groups(seed: int) -> None:
+    small = random_problem(seed, max_placements=60, grouped=True)
+    assert {placement.partition_group_size for placement in small.simulated} <= {0, 2}
+    check(small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 200))
+def test_optimum_of_many_small_problems_in_groups(seed: int) -> None:
+    check(random_problem(seed, max_placements=600, grouped=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 400))
 def test_optimum_of_many_small_problems(seed: int) -> None:

@@ -51,16 +51,24 @@ def floors_of(branches: Branches, placement: Placement) -> tuple[float, float]:
         partition=placement.partition,
         offload_state=placement.offload_state,
         offload_inputs=placement.offload_inputs,
+        partition_group_size=placement.partition_group_size,
     )
-    floors, around = (
-        branches.rates.at(batching.micro_batch_size),
-        branches.surroundings(batching),
+    floors = branches.rates.at(batching.micro_batch_size)
+    whole = branches.surroundings(batching)
+    around = branches.surroundings(batching, options.partition_group_size)
+    return (
+        least_seconds(batching, floors, around, options),
+        quick_seconds(batching, floors, whole, [around]),
     )
-    return least_seconds(batching, floors, around, options), quick_seconds(batching, floors, around)
 
 
 def test_no_placement_undercuts_its_floor() -> None:
     assert sum(check_floors(random_problem(seed, max_placements=100)) for seed in range(12)) > 300
+
+
+def test_no_placement_in_groups_undercuts_its_floor() -> None:
+    small = (random_problem(seed, max_placements=60, grouped=True) for seed in range(12))
+    assert sum(map(check_floors, small)) > 200
 
 
 @pytest.mark.slow

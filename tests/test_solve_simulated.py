@@ -13,7 +13,7 @@ from synthetic import chain_graph, chain_profile
 
 from planner.cluster.types import Cluster, Device
 from planner.graph import LayerGraph
-from planner.layouts import Layout
+from planner.layouts import Grid, Layout
 from planner.lower import lower
 from planner.measure import measure
 from planner.model_file import load_model_file
@@ -222,6 +222,34 @@ def test_memory_is_near_the_simulator_s(seed: int) -> None:
     assert least_rank_units(instance) <= max(peaks)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_of_replicas_take_what_the_simulator_says(seed: int) -> None:
+    """Time and memory of states partitioned inside groups, on hosts that share adapters."""
+    generator = random.Random(seed)
+    replicas, ranks, size = generator.choice([(4, 1, 2), (6, 1, 3), (6, 1, 2), (4, 2, 2)])
+    cluster = make_cluster(replicas * ranks, num_hosts=2, bandwidth=1e10)
+    adapters = generator.choice([None, 1.5e9])
+    cluster = replace(
+        cluster,
+        hosts=tuple(replace(host, adapter_bandwidth=adapters) for host in cluster.hosts),
+        backend=generator.choice(["gloo", "nccl"]),
+    )
+    problem = chain_problem(generator, replicas * ranks, cluster, compute_dtype_of(seed))
+    placement = random_placement(
+        generator, replicas, ranks, 8, offload_state=False, offload_inputs=False,
+        partition_group_size=size,
+    )  # fmt: skip
+    placement = replace(placement, partition=generator.randint(1, 3))
+    simulated = simulate_placement(problem, placement)
+    found = modelled_seconds(problem, placement)
+    assert simulated.step_seconds * 0.97 <= found <= simulated.step_seconds * (1 + 1e-6)
+    instance = Builder(problem=problem).instance_in(choice_of(placement), 1)
+    for peak, units in zip(
+        simulated.peak_bytes, rank_units(instance, split_of(placement)), strict=True
+    ):
+        assert peak * 0.99 <= units <= peak * 1.03
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_bounds_hold_for_every_split(seed: int) -> None:
     """Of the step-time model and of the simulator; recompute as the choice has it, or free."""
@@ -319,10 +347,13 @@ def test_stages_may_be_on_any_ranks(stage_ranks: tuple[int, ...], num_replicas: 
 
 
 @pytest.mark.parametrize("layout", list(Layout))
-@pytest.mark.parametrize(("replicas", "ranks"), [(1, 6), (6, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    ("replicas", "ranks", "size"),
+    [(1, 6, 0), (6, 1, 0), (2, 3, 0), (3, 2, 0), (6, 1, 2), (6, 1, 3), (1, 6, 1)],
+)
 @pytest.mark.parametrize("adapter_bandwidth", [None, 1.5e8])
 def test_links_are_the_simulator_s(
-    replicas: int, ranks: int, layout: Layout, adapter_bandwidth: float | None
+    replicas: int, ranks: int, size: int, layout: Layout, adapter_bandwidth: float | None
 ) -> None:
     """Between hosts of different size that share their network adapters."""
     cluster = make_cluster(6, num_hosts=2, bandwidth=1e9)
@@ -332,8 +363,14 @@ def test_links_are_the_simulator_s(
         for host, size in zip(cluster.hosts, sizes, strict=True)
     )
     cluster = replace(cluster, hosts=hosts)
-    mesh = Ground(cluster=cluster, memory_limit_bytes=None).mesh(replicas, ranks, layout)
-    links = Links(cluster=cluster, grid=mesh.grid)
+    grid = Grid(
+        num_replicas=replicas,
+        num_pipeline_ranks=ranks,
+        layout=layout,
+        partition_group_size=size,
+    )
+    mesh = Ground(cluster=cluster, memory_limit_bytes=None).mesh(grid)
+    links = Links(cluster=cluster, grid=grid)
     for rank in range(ranks):
         other = (rank + 1) % ranks
         if other != rank:
@@ -341,10 +378,15 @@ def test_links_are_the_simulator_s(
             assert link.bandwidth == pytest.approx(path.rate)
             assert link.latency_seconds == path.latency_seconds
         if replicas > 1:
-            path = links.over_replicas(rank, 1e9, num_passes=1)
-            link = mesh.kinds[mesh.rank_kinds[rank]].group_link
-            assert link.bandwidth == pytest.approx(path.rate)
-            assert (replicas - 1) * link.latency_seconds == pytest.approx(path.latency_seconds)
+            kind, parts = mesh.kinds[mesh.rank_kinds[rank]], grid.num_parts
+            for link, over, members in (
+                (kind.group_link, links.over_replicas, replicas),
+                (kind.part_link, links.over_parts, parts),
+                *([(kind.copy_link, links.over_groups, replicas // parts)] if size else []),
+            ):
+                path = over(rank, 1e9, num_passes=1)
+                assert link.bandwidth == pytest.approx(path.rate)
+                assert (members - 1) * link.latency_seconds == pytest.approx(path.latency_seconds)
 
 
 @pytest.mark.parametrize("message_seconds", [0.0, 1e-5])

@@ -26,13 +26,20 @@ LAYOUTS = [
     minimal_plan(1, 4),
     minimal_plan(4, 1, tied=[(0, 1, 3), (0, 2)]),
     minimal_plan(2, 2, tied=[(0, 1)], layout=Layout.PIPELINE_INSIDE),
+    minimal_plan(1, 4, partition=2, partition_group_size=2),
 ]
 RING = Grid(num_replicas=1, num_pipeline_ranks=2)
 UNEVEN = [minimal_plan(3, 2, tied=[(0, 2)], layout=layout) for layout in Layout]
+GROUPED = [
+    minimal_plan(ranks, replicas, layout=layout, partition=2, partition_group_size=size)
+    for layout in Layout
+    for ranks, replicas, size in ((2, 6, 3), (1, 6, 2), (1, 3, 1), (1, 1, 1))
+]
 
 
 def name_of(plan: Plan) -> str:
-    return f"{plan.num_pipeline_ranks}x{plan.num_replicas} {plan.layout}"
+    grouped = f" by {size}" if (size := plan.partition_group_size) else ""
+    return f"{plan.num_pipeline_ranks}x{plan.num_replicas} {plan.layout}{grouped}"
 
 
 class Job:
@@ -99,13 +106,19 @@ def expected_every_call(plan: Plan, world_rank: int) -> dict[str, Tensor]:
     replicas = [plan.world_rank(pipeline_rank, r) for r in range(plan.num_replicas)]
     found: dict[str, Tensor] = {}
     traffic = torch.zeros(len(KINDS), dtype=torch.int64)
-    others = plan.num_replicas - 1
+    others, parts = plan.num_replicas - 1, plan.partition_group_size or plan.num_replicas
+    groups = [replicas[first : first + parts] for first in range(0, len(replicas), parts)]
+    group, place = divmod(replica, parts)
     for size in SIZES:
-        found[f"gather {size}"] = torch.cat([values(r, size) for r in replicas])
-        whole = in_order([values(r, size * plan.num_replicas) for r in replicas])
-        found[f"reduce_scatter {size}"] = whole[replica * size : (replica + 1) * size]
-        traffic[1:3] += 4 * size * others
-        for dtype in (torch.float32, torch.bfloat16):
+        found[f"gather {size}"] = torch.cat([values(r, size) for r in groups[group]])
+        sums = [in_order([values(r, size * parts) for r in members]) for members in groups]
+        whole = in_order(sums)
+        found[f"reduce_scatter {size}"] = whole[place * size : (place + 1) * size]
+        traffic[1:3] += 4 * size * (parts - 1)
+        if len(groups) > 1:
+            mine = size // len(groups) + (group < size % len(groups))
+            traffic[2] += 4 * (size - mine + mine * (len(groups) - 1))
+        for dtype in (torch.float32, torch.bfloat16) if plan.partition < 2 else ():
             summed = in_order([values(r, size, dtype) for r in replicas])
             found[f"all_reduce {size} {dtype}"] = summed
             mine = size // plan.num_replicas + (replica < size % plan.num_replicas)
@@ -140,7 +153,7 @@ def assert_equal(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor
             assert torch.equal(tensor, wanted[key]), (rank, key)
 
 
-@pytest.mark.parametrize("plan", [*LAYOUTS, *UNEVEN], ids=name_of)
+@pytest.mark.parametrize("plan", [*LAYOUTS, *UNEVEN, *GROUPED], ids=name_of)
 def test_every_call_between_threads(plan: Plan) -> None:
     found = run_local(plan, lambda transport, rank: every_call(transport, rank, plan))
     assert_equal(found, [expected_every_call(plan, rank) for rank in range(plan.world_size)])

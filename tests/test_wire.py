@@ -42,8 +42,8 @@ def predicted(plan: Plan) -> list[dict[str, float]]:
         opcode = plan.programs[cells[0][0]][cells[0][1]].opcode
         senders = cells[:1] if opcode is Opcode.SEND else cells
         for rank, _ in senders:
-            if work.num_bytes:
-                found[rank][opcode.value] += work.num_bytes  # type: ignore[assignment]
+            if num_bytes := sum(leg.num_bytes for leg in work.legs()):
+                found[rank][opcode.value] += num_bytes  # type: ignore[assignment]
     return [dict(of_rank) for of_rank in found]
 
 
@@ -67,6 +67,24 @@ def check_job(made: list[Plan], folder: Path) -> None:
 
 def test_two_ranks_send_what_the_plan_says(tmp_path: Path) -> None:
     check_job([*plans(2, 1), *plans(1, 2)], tmp_path)
+
+
+def test_groups_of_replicas_send_what_the_plan_says(tmp_path: Path) -> None:
+    """Gathers inside groups of two; sums inside them, and over both groups."""
+    made = [
+        plan_of(
+            MODEL,
+            (0, 2, 3, 5),
+            num_replicas=4,
+            num_micro_batches=num_micro_batches,
+            partition=level,
+            partition_group_size=2,
+        )
+        for level in (1, 2, 3)
+        for num_micro_batches in NUM_MICRO_BATCHES
+    ]
+    assert {plan.num_parts for plan in made} == {2}
+    check_job(made, tmp_path)
 
 
 @pytest.mark.slow

@@ -33,17 +33,17 @@ def values(world_rank: int, size: int, dtype: torch.dtype = torch.float32) -> Te
 
 def every_call(transport: ExchangeTransport, world_rank: int, plan: Plan) -> dict[str, Tensor]:
     pipeline_rank, _ = plan.coordinates(world_rank)
-    num_ranks, num_replicas = plan.num_pipeline_ranks, plan.num_replicas
+    num_ranks, num_parts = plan.num_pipeline_ranks, plan.grid.num_parts
     found: dict[str, Tensor] = {}
     for size in SIZES:
-        gathered = torch.full((size * num_replicas,), torch.nan)
+        gathered = torch.full((size * num_parts,), torch.nan)
         transport.gather(values(world_rank, size), gathered, "gather").wait()
         found[f"gather {size}"] = gathered
         part = torch.full((size,), torch.nan)
-        source = values(world_rank, size * num_replicas)
+        source = values(world_rank, size * num_parts)
         transport.reduce_scatter(source, part, "reduce").wait()
         found[f"reduce_scatter {size}"] = part
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if plan.partition < 2 else ():
             whole = values(world_rank, size, dtype)
             pending = transport.all_reduce(whole, "all_reduce")
             pending.wait()

@@ -82,8 +82,7 @@ class Expected:
 
     def part_elements(self, unit: Unit) -> int:
         """Elements of one replica's part of a unit: all of it where nothing is partitioned."""
-        replicas = self.plan.num_replicas if self.plan.partition else 1
-        return -(-unit.num_elements // replicas)
+        return -(-unit.num_elements // self.plan.num_parts)
 
     def reduced_elements(self, unit: Unit) -> int:
         """Elements of a unit's gradient on one replica, reduced over all of them."""
@@ -97,8 +96,7 @@ class Expected:
 
     def whole_elements(self, unit: Unit) -> int:
         """Elements of all parts, padding included."""
-        replicas = self.plan.num_replicas if self.plan.partition else 1
-        return self.part_elements(unit) * replicas
+        return self.part_elements(unit) * self.plan.num_parts
 
     def _forward(self, stage: StagePlan, opcode: Opcode) -> Form:
         reads = (*stage.inputs, *(f"batch:{key}" for key in stage.batch_keys))

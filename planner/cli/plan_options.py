@@ -49,6 +49,17 @@ class _Batch(click.ParamType[BatchRange]):
 _FORMS = "write a number of samples as in 64, or both ends of a range as in 8..64."
 
 
+class _Within(click.ParamType[int | str]):
+    """A number of replicas, or `host`."""
+
+    name = "host|number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return "host" if value == "host" else DEVICES.convert(value, param, ctx)
+
+
 _WHAT = (
     click.argument("model"),
     click.option("--gpus", type=DEVICES, required=True, help="Devices to plan for."),
@@ -133,6 +144,12 @@ _PLACEMENT = (
         type=click.Choice(["0", "1", "2", "3"]),
         help="What replicas divide among them instead of holding it whole: 1 optimizer state, 2 "
         "and gradients, 3 and weights; 0 nothing.",
+    ),
+    click.option(
+        "--partition-within",
+        type=_Within(),
+        help="Divide it among the replicas of a host, or so many, and keep all of it in every such "
+        "group  [default: among all replicas]",
     ),
     click.option(
         "--recompute/--no-recompute",

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from planner.batch import BatchRange, Training
 from planner.cluster import Cluster
@@ -42,6 +43,7 @@ class PlanRequest:
     assignment: str
     schedule: str
     partition: str | None
+    partition_within: int | Literal["host"] | None
     recompute: bool | None
     offload_state: bool | None
     offload_inputs: bool | None
@@ -65,6 +67,7 @@ class PlanRequest:
             micro_batch_size=self.micro_batch_size,
             num_micro_batches=self.micro_batches,
             partition=None if self.partition is None else int(self.partition),
+            partition_within=self.partition_within,
             recompute=self.recompute,
             offload_state=self.offload_state,
             offload_inputs=self.offload_inputs,
@@ -163,6 +166,7 @@ class PlanRequest:
                 f"{words} need {devices} devices, but --gpus is {self.gpus}",
                 f"--gpus {devices}, or fewer replicas or pipeline ranks",
             )
+        yield from self._about_groups()
         partition = int(self.partition or 0)
         if partition and self.replicas == 1:
             yield (
@@ -174,6 +178,31 @@ class PlanRequest:
                 f"--partition {partition} divides the state among replicas, but --pipeline-ranks "
                 f"{self.pipeline_ranks} of --gpus {self.gpus} leave one replica",
                 "fewer pipeline ranks, or --partition 0",
+            )
+
+    def _about_groups(self) -> Iterator[tuple[str, str]]:
+        within, replicas = self.partition_within, self.replicas
+        if within is not None and self.partition == "0":
+            yield (
+                f"--partition-within {within} says among whom a state is divided, but "
+                "--partition 0 divides nothing",
+                "--partition 1, 2 or 3, or leave one of them out",
+            )
+        if within == 1 and self.partition is not None:
+            yield (
+                f"--partition {self.partition} divides the state, but groups of "
+                "--partition-within 1 have it whole",
+                "larger groups, or --partition 0",
+            )
+        if isinstance(within, int) and within > self.gpus:
+            yield (
+                f"--partition-within {within} needs {within} replicas, but --gpus is {self.gpus}",
+                "smaller groups, or more devices",
+            )
+        if isinstance(within, int) and replicas is not None and replicas % within:
+            yield (
+                f"--replicas {replicas} do not divide into groups of --partition-within {within}",
+                f"groups of a divisor of {replicas}, or another number of replicas",
             )
 
     def _about_schedule(self) -> Iterator[tuple[str, str]]:

@@ -231,7 +231,7 @@ class ScheduleSearch:
         found = {schedule: _Queue() for schedule in self.schedules}
         self._twins.clear()
         instance_of = lru_cache(maxsize=1)(self._builder.instance)  # several schedules ask for it
-        candidates = candidates_of(choices, self.schedules, self.problem.constraints)
+        candidates = candidates_of(choices, self.schedules, self.problem)
         for number, candidate in enumerate(candidates):
             seconds = quick_seconds(instance_of(candidate.choice), candidate.schedule)
             entry = seconds, number, candidate

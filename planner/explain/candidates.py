@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from planner.explain.order_model import OrderModel
 from planner.schedules import Schedule
-from planner.solve import Constraints
+from planner.solve import Problem
 from planner.solve.choices import Choice
+from planner.solve.groups import partition_group_size
 from planner.solve.types import Split
 
 __all__ = ["Candidate", "Kind", "Mesh", "candidates_of", "hybrid_group_sizes"]
@@ -53,21 +54,23 @@ class Candidate:
     @property
     def unpartitioned(self) -> "Candidate":
         """What it is but for its partition, of which one does nearly as well as another."""
-        choice = replace(self.choice, partition=0)
+        choice = replace(self.choice, partition=0, partition_group_size=0)
         return Candidate(choice=choice, schedule=self.schedule, group_size=self.group_size)
 
 
 def candidates_of(
-    choices: Sequence[Choice], schedules: Sequence[Schedule], wanted: Constraints
+    choices: Sequence[Choice], schedules: Sequence[Schedule], problem: Problem
 ) -> Iterator[Candidate]:
     """Every choice under every schedule that it goes with, in an order of their own."""
+    wanted = problem.constraints
     plain = {
         replace(
             choice, recompute=wanted.recompute, offload_state=False, offload_inputs=False,
             num_buffers=wanted.num_buffers or _NUM_BUFFERS, partition=level,
+            partition_group_size=size,
         )
         for choice in choices
-        for level in _levels(choice, wanted)
+        for level, size in _levels(choice, problem)
     }  # fmt: skip
     for choice in sorted(plain, key=str):
         for schedule in schedules:
@@ -75,11 +78,13 @@ def candidates_of(
                 yield Candidate(choice=choice, schedule=schedule, group_size=group_size)
 
 
-def _levels(choice: Choice, wanted: Constraints) -> tuple[int, ...]:
-    """Of partition; state whose weights stay whole is gathered once, whatever the order."""
-    if wanted.partition is not None or choice.num_replicas == 1:
-        return (choice.partition,)
-    return (choice.partition, 2)
+def _levels(choice: Choice, problem: Problem) -> Iterator[tuple[int, int]]:
+    """Of partition, with the size of its groups; state whose weights stay whole is gathered once,
+    whatever the order."""
+    yield choice.partition, choice.partition_group_size
+    size = partition_group_size(problem, choice.grid)
+    if problem.constraints.partition is None and size != 1:
+        yield 2, size
 
 
 def _group_sizes(schedule: Schedule, choice: Choice) -> tuple[int, ...]:

@@ -70,6 +70,12 @@ def _partition(placement: Placement) -> str:
     return f"partition level {placement.partition}"
 
 
+def _groups(placement: Placement) -> str:
+    if not placement.partition:
+        return "nothing partitioned"
+    return f"the state partitioned over {counted(placement.num_parts, 'replica')}"
+
+
 def _micro_batches(placement: Placement) -> str:
     number = counted(placement.num_micro_batches, "micro-batch", "es")
     return f"{number} of {placement.micro_batch_size} per replica"
@@ -104,6 +110,7 @@ def _buffers(placement: Placement) -> str:
 _DEMANDS: tuple[tuple[tuple[str, ...], Describe], ...] = (
     (("recompute",), _recompute),
     (("partition",), _partition),
+    (("partition_within",), _groups),
     (("micro_batch_size", "num_micro_batches"), _micro_batches),
     (("stages_per_rank",), _stages),
     (("modular",), _stages),

@@ -197,7 +197,7 @@ class OrderModel:
         # What the order does not depend on is alike, so that orders are walked once.
         placement = replace(
             self.placement(again), num_micro_batches=count, num_replicas=1, micro_batch_size=1,
-            partition=0, layout=Layout.REPLICAS_INSIDE,
+            partition=0, partition_group_size=0, layout=Layout.REPLICAS_INSIDE,
         )  # fmt: skip
         return OrderTime(self.instance, steps_of(placement), choice.num_micro_batches - count)
 

@@ -21,6 +21,7 @@ from planner.explain.types import PlannerFor, limits_of, simulator
 from planner.solve import Placement, Problem
 from planner.solve.choices import divisors
 from planner.solve.entry import Clock
+from planner.solve.groups import with_groups
 from planner.solve.infeasible import format_bytes
 
 __all__ = ["Remedy", "find_remedies", "with_remedies"]
@@ -249,6 +250,7 @@ class _Search:
             placement.world_size <= own.num_devices
             and placement.global_batch_size == own.global_batch_size
             and meets(own.constraints, placement)
+            and with_groups(own, placement) == placement
             and simulator(self.planner_for(own))(placement).fits(limits_of(own, placement))
         )
 

@@ -70,8 +70,8 @@ class BufferTable:
         whole = part = unit.num_elements
         partition = self._placement.partition
         if partition:
-            part = -(-whole // self._placement.num_replicas)
-            whole = part * self._placement.num_replicas
+            part = -(-whole // self._placement.num_parts)
+            whole = part * self._placement.num_parts
         trained = (self._trained.get(name, 0) for name in unit.parameters)
         shapes = {
             "part": (unit.num_elements,),

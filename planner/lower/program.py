@@ -37,6 +37,7 @@ from planner.profile import Profile
 from planner.schedule import Order, forward_order, order_of, require_complete
 from planner.schedules import Schedule
 from planner.solve.types import Placement
+from planner.words import counted
 
 __all__ = ["lower"]
 
@@ -51,13 +52,13 @@ def lower(
 ) -> Plan:
     """The plan of a placement, its prediction still open.
 
-    With one replica there is nothing to partition, so any partition means 0. Stages may be on any
-    ranks. An `order` of one's own takes the place of the schedule's, and the plan's schedule is
-    then `custom`.
+    With one replica, or groups of one, there is nothing to partition, so any partition means 0.
+    Stages may be on any ranks. An `order` of one's own takes the place of the schedule's, and the
+    plan's schedule is then `custom`.
 
     Raises:
-        UsageError: the schedule does not go with the placement, the order lacks a step, or a rank
-            has no stage.
+        UsageError: the schedule does not go with the placement, the order lacks a step, a rank has
+            no stage, or the replicas do not divide into partition groups.
     """
     placement, order = _settled(placement, order)
     context = _context(graph, profile, cluster, placement, options)
@@ -92,18 +93,31 @@ def lower(
         ),
         module_buffer_bytes=graph.buffer_bytes + _kept_buffer_bytes(profile, placement),
         layout=placement.layout,
+        partition_group_size=placement.partition_group_size,
     )
 
 
 def _settled(placement: Placement, order: Order | None) -> tuple[Placement, Order]:
     """The placement as it is run, and the order of its compute steps."""
     _require_stages(placement)
-    if placement.num_replicas == 1 and placement.partition:
-        placement = replace(placement, partition=0)
+    placement = _settled_partition(placement)
     if order is None:
         return placement, order_of(placement)
     require_complete(order, placement)
     return replace(placement, schedule=Schedule.CUSTOM), order
+
+
+def _settled_partition(placement: Placement) -> Placement:
+    """Of what says the same, the plainest: no partition of one part, no group that is all."""
+    size, replicas = placement.partition_group_size, placement.num_replicas
+    if size < 0 or (size and replicas % size):
+        raise UsageError(
+            f"{counted(replicas, 'replica')} do not divide into partition groups of {size}",
+            hint=f"groups of a divisor of {replicas}, or another number of replicas",
+        )
+    if placement.num_parts == 1:
+        return replace(placement, partition=0, partition_group_size=0)
+    return replace(placement, partition_group_size=size if size < replicas else 0)
 
 
 def _require_stages(placement: Placement) -> None:

@@ -98,8 +98,7 @@ def _update_bytes(
     Of a partitioned parameter a replica holds a piece: no larger than it, nor than the part.
     """
     sizes = [spec.num_bytes for spec in group if spec.trainable]
-    replicas = placement.num_replicas if placement.partition else 1
-    part = -(-sum(spec.num_bytes for spec in group) // replicas)
+    part = -(-sum(spec.num_bytes for spec in group) // placement.num_parts)
     turns = 0.0
     for previous, size in itertools.pairwise((0, *sizes)):
         here = min(size, part)

@@ -51,6 +51,8 @@ def print_plan(plan: Plan) -> str:
         sections[name] = [Row(_without_empty(row)) for row in sections[name]]
     if plan.options.precision is Precision.MODEL:
         del sections["options"]["precision"], sections["options"]["keep_float32"]
+    if not plan.partition_group_size:
+        del sections["partition_group_size"]
     sections["stages"] = [
         Section(_plain(asdict(replace(stage, code=()))) | {"code": print_code(stage.code)})
         for stage in plan.stages

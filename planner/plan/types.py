@@ -68,9 +68,9 @@ class Opcode(StrEnum):
         host:<x> = <x>; <x> itself stays until it is released"""
     GATHER = "GATHER"
     """data, every replica. need shard:<unit> not updated yet
-        weights:<pool>.<i> = shards of all replicas, one after the other
+        weights:<pool>.<i> = shards of the replicas of its partition group, one after the other
     With partition 1 and 2 weights stay in place. There it needs shard:<unit> after its UPDATE:
-        weights:<unit> = shards of all replicas, one after the other
+        weights:<unit> = shards of the replicas of its partition group, one after the other
     In mixed precision each replica casts its shard to the compute type before it leaves."""
     RELEASE = "RELEASE"
     """compute. need weights:<pool>.<i> holds <unit>, or another <x> that may be evicted, written
@@ -103,8 +103,9 @@ class Opcode(StrEnum):
     REDUCE = "REDUCE"
     """data, every replica. need sum:<pool>.<i> of the unit
         reduced:<unit> (+)= my part of the sum over replicas of sum:<pool>.<i>
-    With partition 0 and 1 my part is all of it. It adds where it also reads reduced:<unit>. The sum
-    is then spent."""
+    With partition 0 and 1 my part is all of it. With 2 and 3 it is summed inside my partition group
+    first, then over the groups, among the replicas that have the same part. It adds where it also
+    reads reduced:<unit>. The sum is then spent."""
     REDUCE_TIED = "REDUCE_TIED"
     """data, every pipeline rank of the unit. need reduced:<unit>, or with one replica the sum
         reduced:<unit> = its sum over those ranks, equal on all of them"""
@@ -333,6 +334,13 @@ class Plan:
     """Of the model's own buffers (running statistics, tables), which every rank holds all of."""
     layout: Layout = Layout.REPLICAS_INSIDE
     """Which world ranks, and so which hosts, the replicas and pipeline ranks have."""
+    partition_group_size: int = 0
+    """Consecutive replicas that divide the state among them, as all other groups do; 0: all."""
+
+    @property
+    def num_parts(self) -> int:
+        """Of the state, one for each replica of a partition group; 1 where it is whole."""
+        return self.grid.num_parts if self.partition else 1
 
     @property
     def backend(self) -> str:
@@ -386,6 +394,7 @@ class Plan:
             num_replicas=self.num_replicas,
             num_pipeline_ranks=self.num_pipeline_ranks,
             layout=self.layout,
+            partition_group_size=self.partition_group_size,
         )
 
     def world_rank(self, pipeline_rank: int, replica: int) -> int:

@@ -60,6 +60,9 @@ def _count_problems(plan: Plan) -> Iterator[str]:
             yield f"{name} is {getattr(plan, name)}, less than 1"
     if plan.partition not in (LEVELS if plan.num_replicas > 1 else (0,)):
         yield f"partition is {plan.partition} with {plan.num_replicas} replicas"
+    group, replicas = plan.partition_group_size, plan.num_replicas
+    if group and not (plan.partition and 1 < group < replicas and replicas % group == 0):
+        yield f"partition {plan.partition} in groups of {group} of {replicas} replicas"
     if plan.options.clip_delayed and (plan.options.clip_norm is None or plan.options.check_finite):
         yield "clip_delayed goes with clip_norm, and not with check_finite"
     if plan.module_buffer_bytes < 0:

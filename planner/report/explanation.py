@@ -12,6 +12,7 @@ from planner.explain.explanation import Explanation, Loss, Verdict
 from planner.explain.remedies import Remedy
 from planner.explain.shares import Bottleneck, Shares
 from planner.explain.types import Resolved
+from planner.partitions import partition_text
 from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, seconds_text
 from planner.solve import Placement
@@ -112,6 +113,8 @@ def _demands(placement: Placement) -> str:
         f"--micro-batches {placement.num_micro_batches}",
         f"--partition {placement.partition}",
     ]
+    if placement.partition_group_size:
+        words.append(f"--partition-within {placement.partition_group_size}")
     if len(set(placement.recompute)) == 1:
         words.append("--recompute" if placement.recompute[0] else "--no-recompute")
     words += ["--offload-state"] * placement.offload_state
@@ -182,7 +185,8 @@ def placement_text(placement: Placement) -> str:
         placement.schedule.value,
     ]
     if placement.num_replicas > 1:
-        words.append(f"partition {placement.partition}")
+        state = partition_text(placement.partition, placement.partition_group_size)
+        words.append(f"partition {state}")
     if any(placement.recompute):
         words.append(f"recompute {_recompute_text(placement.recompute)}")
     words += ["state offloaded"] * placement.offload_state
@@ -255,7 +259,7 @@ def _side_rows(side: Side) -> dict[str, str]:
         "micro-batches": f"{plan.num_micro_batches} of {plan.micro_batch_size}",
         "batch": str(plan.global_batch_size),
         "schedule": plan.schedule.value,
-        "partition": str(plan.partition),
+        "partition": partition_text(plan.partition, plan.partition_group_size),
         "recompute": _recompute_text(recompute) if any(recompute) else "none",
         "state": "in host memory" if plan.offload_state else "on the device",
         "largest stage": f"{max(len(stage.layers) for stage in plan.stages)} layers",

@@ -9,6 +9,7 @@ from collections import Counter
 from rich.table import Table
 
 from planner.check import Report
+from planner.partitions import partition_text
 from planner.plan.types import Opcode, Plan
 from planner.report.plain import plain_table
 from planner.report.quantities import bytes_text, count_text, seconds_text
@@ -184,7 +185,7 @@ def candidate_table(solution: Solution) -> Table:
             f"{candidate.num_replicas} x {candidate.num_pipeline_ranks} x "
             f"{candidate.stages_per_rank}",
             f"{candidate.num_micro_batches} x {candidate.micro_batch_size}",
-            str(candidate.partition),
+            partition_text(candidate.partition, candidate.partition_group_size),
             _RECOMPUTES[candidate.recompute],
             _OFFLOADS[candidate.offload_state, candidate.offload_inputs],
             str(candidate.num_buffers),
@@ -230,7 +231,8 @@ def _promise(candidate: Candidate) -> tuple[bool, bool, float]:
 def _state_words(plan: Plan) -> str:
     if plan.num_replicas == 1:
         return "one replica holds the state"
-    return _STATES[plan.partition]
+    words, size = _STATES[plan.partition], plan.partition_group_size
+    return f"{words} of groups of {size}, each with all of it" if size else words
 
 
 _STATES = (

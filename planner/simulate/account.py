@@ -8,6 +8,7 @@ communication; the time in other ranks' compute is the pipeline's own bubble. Th
 decide when anything runs.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,10 +97,10 @@ def _add_exposed(
 def _link_bytes(works: Sequence[Work]) -> dict[str, float]:
     """Bytes through each port and adapter, by name, sorted."""
     by_path: dict[int, tuple[Path, float]] = {}
-    for work in works:
-        if work.path is not None:
-            _, before = by_path.get(id(work.path), (work.path, 0.0))
-            by_path[id(work.path)] = work.path, before + work.num_bytes
+    for leg in itertools.chain.from_iterable(work.legs() for work in works):
+        if leg.path is not None:
+            _, before = by_path.get(id(leg.path), (leg.path, 0.0))
+            by_path[id(leg.path)] = leg.path, before + leg.num_bytes
     found: dict[str, float] = {}
     for path, num_bytes in by_path.values():
         for name, number in path.counted:

@@ -5,7 +5,7 @@ the bytes. Replicas are alike, so one stands for all; what waits for all of them
 the slowest device. This module does not know when anything starts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +33,15 @@ class Work:
     """Where it moves bytes that others' bytes can slow; the seconds then follow from those."""
     num_bytes: float = 0.0
     """Out of each member of the path."""
+    then: "Work | None" = None
+    """What it moves over another path once all of that has arrived."""
+
+    def legs(self) -> Iterator["Work"]:
+        """Itself, and what follows."""
+        leg: Work | None = self
+        while leg is not None:
+            yield leg
+            leg = leg.then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,23 +113,23 @@ class Durations:
         return Work()
 
     def _unit_work(self, rank: int, instruction: Instruction) -> Work:
-        unit, replicas = self._units[instruction.unit or ""], self.plan.num_replicas
-        part = -(-unit.num_elements // replicas) if self.plan.partition else unit.num_elements
+        unit, parts = self._units[instruction.unit or ""], self.plan.num_parts
+        part = -(-unit.num_elements // parts)
         divided = self.plan.divides_gradients
         gathers = instruction.opcode is Opcode.GATHER
         element_bytes = DTYPE_BYTES[unit.weights_dtype if gathers else unit.dtype]
-        leaving = unit.num_elements * element_bytes * (replicas - 1) / replicas
+        num_bytes = unit.num_elements * element_bytes
         match instruction.opcode:
-            case Opcode.GATHER if replicas == 1 or not self.plan.partition:  # of the whole unit
-                num_bytes = unit.num_elements * element_bytes
+            case Opcode.GATHER if parts == 1:  # of the whole unit
                 return Work(seconds=max(copy_seconds(num_bytes, d) for d in self._devices[rank]))
             case Opcode.GATHER:
-                path = self.links.over_replicas(rank, leaving, num_passes=1)
+                leaving = num_bytes * (parts - 1) / parts
+                path = self.links.over_parts(rank, leaving, num_passes=1)
                 return Work(path=path, num_bytes=leaving)
             case Opcode.REDUCE:
-                passes = 1 if divided else 2
-                path = self.links.over_replicas(rank, passes * leaving, num_passes=passes)
-                return Work(path=path, num_bytes=passes * leaving)
+                return (
+                    self._sum_in_parts(rank, num_bytes) if divided else self._sum(rank, num_bytes)
+                )
             case Opcode.REDUCE_TIED:
                 size = len(unit.ranks)
                 reduced = part if divided else unit.num_elements
@@ -134,6 +143,25 @@ class Durations:
                 for device in self._devices[rank]
             )
         )
+
+    def _sum(self, rank: int, num_bytes: int) -> Work:
+        """Of a gradient of so many bytes, over all replicas."""
+        replicas = self.plan.num_replicas
+        leaving = 2 * (num_bytes * (replicas - 1) / replicas)
+        path = self.links.over_replicas(rank, leaving, num_passes=2)
+        return Work(path=path, num_bytes=leaving)
+
+    def _sum_in_parts(self, rank: int, num_bytes: int) -> Work:
+        """The same where each replica gets a part: inside its group, then over the groups."""
+        parts = self.plan.num_parts
+        groups, over = self.plan.num_replicas // parts, None
+        if groups > 1:
+            leaving = 2 * (num_bytes / parts * (groups - 1) / groups)
+            path = self.links.over_groups(rank, leaving, num_passes=2)
+            over = Work(path=path, num_bytes=leaving)
+        leaving = num_bytes * (parts - 1) / parts
+        path = self.links.over_parts(rank, leaving, num_passes=1)
+        return Work(path=path, num_bytes=leaving, then=over)
 
     def _host_seconds(self, rank: int, instruction: Instruction) -> float:
         """A copy between a device and its host's memory: bytes / bandwidth."""

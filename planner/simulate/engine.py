@@ -80,6 +80,7 @@ def _run(
     heap = [(0.0, task, 0) for task, number in enumerate(waiting) if number == 0]
     pop, push = heapq.heappop, heapq.heappush
     num_done = 0
+    legs = list(works)  # that each task is at
 
     def schedule(landings: Iterable[Landing]) -> None:
         for seconds, flow, version in landings:
@@ -89,21 +90,26 @@ def _run(
         now, task, version = pop(heap)
         if task < 0:
             task += num_tasks
-            landed = flows.end((now, task, version), works[task].num_bytes)
+            landed = flows.end((now, task, version), legs[task].num_bytes)
             if landed is None:
                 continue
             end, changed = landed
             schedule(changed)
+            if (leg := legs[task].then) is not None:
+                legs[task] = leg
+                push(heap, (end, task, version + 1))
+                continue
         else:
-            if clocks:
+            if clocks and not version:
                 issued = max(clocks[r].moment(i, ends) for r, i in order.members[task])
                 if issued > now:
                     push(heap, (issued, task, 0))
                     continue
-            work = works[task]
-            starts[task] = now
+            work = legs[task]
+            if not version:
+                starts[task] = now
             if work.path is not None:
-                schedule(flows.begin(task, now, work.path, work.num_bytes))
+                schedule(flows.begin(task, now, work.path, work.num_bytes, version))
                 continue
             end = now + work.seconds
         ends[task] = end

@@ -80,6 +80,20 @@ class Links:
             self._paths[key] = self._collective([self._replicas(rank)], num_passes)
         return _quickest(self._paths[key], num_bytes)
 
+    def over_parts(self, rank: int, num_bytes: float, *, num_passes: int) -> Path:
+        """The same inside each partition group of those replicas, in all groups at once."""
+        key = ("parts", rank, num_passes)
+        if key not in self._paths:
+            self._paths[key] = self._collective(self.grid.partition_groups(rank), num_passes)
+        return _quickest(self._paths[key], num_bytes)
+
+    def over_groups(self, rank: int, num_bytes: float, *, num_passes: int) -> Path:
+        """The same among those that have the same part in their groups, for all parts at once."""
+        key = ("groups", rank, num_passes)
+        if key not in self._paths:
+            self._paths[key] = self._collective(self.grid.part_holders(rank), num_passes)
+        return _quickest(self._paths[key], num_bytes)
+
     def over_ranks(self, ranks: Sequence[int], num_bytes: float, *, num_passes: int) -> Path:
         """The same over pipeline ranks, on every replica at once."""
         key = ("ranks", *ranks, num_passes)

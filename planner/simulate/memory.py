@@ -196,7 +196,8 @@ def _staging_bytes(plan: Plan, instruction: Instruction, sizes: Mapping[str, int
         (unit,) = (unit for unit in plan.units if unit.name == instruction.unit)
         return (len(unit.ranks) - 1) * num_bytes
     if plan.divides_gradients:
-        return (plan.num_replicas - 1) * num_bytes
+        # The sum over groups takes less, and begins when that inside the group is over.
+        return (plan.num_parts - 1) * num_bytes
     return num_bytes - num_bytes // plan.num_replicas  # each replica adds a part of it
 
 

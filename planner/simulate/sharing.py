@@ -26,8 +26,10 @@ class _Flow:
     """At `since`."""
     since: float
     rate: float
-    version: int = 0
-    """How often its rate has changed."""
+    version: int
+    """One more each time its rate changes."""
+    is_disturbed: bool
+    """Whether it has changed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,8 +41,13 @@ class Flows:
     _active: dict[int, _Flow] = field(default_factory=dict)
     _users: list[set[int]] = field(default_factory=list)
 
-    def begin(self, flow: int, now: float, path: Path, num_bytes: float) -> Iterable[Landing]:
-        """A new flow, known by its number; returns when flows land now that their rates differ."""
+    def begin(
+        self, flow: int, now: float, path: Path, num_bytes: float, version: int = 0
+    ) -> Iterable[Landing]:
+        """A new flow, known by its number; returns when flows land now that their rates differ.
+
+        Where the number was another flow's before, `version` is above all of that one's.
+        """
         users = self._users
         alone = True
         for resource, _ in path.contended:
@@ -48,9 +55,16 @@ class Flows:
                 users.append(set())
             alone = alone and not users[resource]
             users[resource].add(flow)
-        started = _Flow(path=path, begun=now, remaining_bytes=num_bytes, since=now, rate=path.rate)
-        self._active[flow] = started
-        landing = (now + num_bytes / path.rate, flow, 0)
+        self._active[flow] = _Flow(
+            path=path,
+            begun=now,
+            remaining_bytes=num_bytes,
+            since=now,
+            rate=path.rate,
+            version=version,
+            is_disturbed=False,
+        )
+        landing = (now + num_bytes / path.rate, flow, version)
         if alone:
             return (landing,)
         return [landing, *self._share(self._connected([flow]), now)]
@@ -71,7 +85,7 @@ class Flows:
                 neighbours |= users
         # Undisturbed, it takes what the formula says, to the last bit.
         undisturbed = flow.begun + (path.latency_seconds + num_bytes / path.rate)
-        over = now + path.latency_seconds if version else undisturbed
+        over = now + path.latency_seconds if flow.is_disturbed else undisturbed
         if not neighbours:
             return over, ()
         return over, self._share(self._connected(neighbours), now)
@@ -102,6 +116,7 @@ class Flows:
             flow.remaining_bytes = max(0.0, flow.remaining_bytes - gone)
             flow.since, flow.rate = now, rate
             flow.version += 1
+            flow.is_disturbed = True
             landings.append((now + flow.remaining_bytes / rate, number, flow.version))
         return landings
 

@@ -10,7 +10,7 @@ This module knows layers and links. It knows no splits, no memory and no schedul
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,12 +50,11 @@ def any_order_seconds(
 def _least_of_batching(
     batching: Batching,
     floors: LayerFloors,
-    around: Surroundings,
-    partitions: Iterable[int],
+    surroundings: Mapping[tuple[int, int], Surroundings],
     *,
     halves_backward: bool,
 ) -> float:
-    """The same of one mesh and batching, with any of these partition levels."""
+    """The same of one mesh and batching, with any of these partition levels and groups."""
     ranks, count = batching.num_pipeline_ranks, batching.num_micro_batches
     compute = count * float(floors.prefix[-1]) / ranks
     ahead = np.concatenate([[0.0], np.cumsum(floors.forward)])
@@ -70,10 +69,10 @@ def _least_of_batching(
     chain = 0.0 if halves_backward else float(floors.prefix[-1] + (count - 1) * longest)
     whole = max(mean, crowded, through, chain)
     least = math.inf
-    for partition in partitions:
+    for (partition, _), around in surroundings.items():
         start, end, reductions = traffic_seconds(batching, around, partition)
         updates = around.trainable_bytes * around.update_seconds
-        updates = updates / (batching.num_replicas if partition else 1)
+        updates = updates / (around.num_parts if partition else 1)
         last = end
         if around.trainable_bytes[0]:
             last += max(float(updates[0]), around.least_update_seconds)
@@ -161,11 +160,15 @@ class _Search:
         return float(batching.num_micro_batches * seconds / batching.num_pipeline_ranks)
 
     def _bounded(self, batching: Batching) -> float:
-        options = all_options(batching.num_replicas, self.problem.constraints)
+        options = all_options(self.problem, batching)
         return _least_of_batching(
             batching,
             self._floors_at(batching.micro_batch_size),
-            self.branches.surroundings(batching),
-            {one.partition for one in options},
+            {
+                (one.partition, one.partition_group_size): self.branches.surroundings(
+                    batching, one.partition_group_size
+                )
+                for one in options
+            },
             halves_backward=self.halves_backward,
         )

@@ -73,8 +73,8 @@ class Branches:
     """All of them: an interrupt loses none."""
     _heap: list[tuple[float, int, Node]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
-    _known: dict[tuple[int, int], Surroundings] = field(default_factory=dict)
-    """By mesh."""
+    _known: dict[tuple[int, int, int], Surroundings] = field(default_factory=dict)
+    """By mesh and size of partition groups."""
 
     def start(self, space: Sequence[Batching]) -> None:
         """Bound all of them by compute alone, from two sizes that can be traced."""
@@ -183,8 +183,12 @@ class Branches:
                 node.bound_seconds = math.inf
                 return False
             self.rates.learn(size)
-        floors, around = self.rates.at(size), self.surroundings(node.batching)
-        bound = quick_seconds(node.batching, floors, around)
+        batching, floors = node.batching, self.rates.at(size)
+        sizes = dict.fromkeys(
+            one.partition_group_size for one in all_options(self.problem, batching) if one.partition
+        )
+        grouped = [self.surroundings(batching, size) for size in sizes]
+        bound = quick_seconds(batching, floors, self.surroundings(batching), grouped)
         if (per_rank := self.problem.constraints.stages_per_rank) is not None:
             bound = max(bound, staged_seconds(node.batching, floors, per_rank))
         node.bound_seconds = max(node.bound_seconds, bound)
@@ -194,11 +198,10 @@ class Branches:
     def _bound_options(self, node: Node) -> None:
         """Bound each of the options; the node's own bound is the lowest of them."""
         floors = self.rates.at(node.batching.micro_batch_size)
-        around, wanted = self.surroundings(node.batching), self.problem.constraints
-        found = [
-            (least_seconds(node.batching, floors, around, options), options)
-            for options in all_options(node.batching.num_replicas, wanted)
-        ]
+        batching, found = node.batching, list[tuple[float, Options]]()
+        for options in all_options(self.problem, batching):
+            around = self.surroundings(batching, options.partition_group_size)
+            found.append((least_seconds(batching, floors, around, options), options))
         least = min((bound for bound, _ in found), default=math.inf)
         node.bound_seconds = max(node.bound_seconds, least)
         # Of equal bounds, the plainer options stay ahead.
@@ -264,9 +267,15 @@ class Branches:
     def _variants(self, batching: Batching, best: Trial) -> list[Trial]:
         """The best choice with other pools and the other layout."""
         choice, bound = best.instance.choice, self.tried[-1].bound_seconds
+        options = Options(
+            partition=choice.partition,
+            offload_state=choice.offload_state,
+            offload_inputs=choice.offload_inputs,
+            partition_group_size=choice.partition_group_size,
+        )
         others = [
             replace(choice, layout=layout)
-            for layout in layouts(self.problem, batching)
+            for layout in layouts(self.problem, batching, options)
             if layout is not choice.layout
         ]
         if self.problem.constraints.num_buffers is None:
@@ -274,14 +283,15 @@ class Branches:
             others += [replace(choice, num_buffers=size) for size in sorted(sizes)]
         return [self.trial(other, bound) for other in others]
 
-    def surroundings(self, batching: Batching) -> Surroundings:
-        """Of a mesh, made once."""
-        if batching.mesh not in self._known:
-            self._known[batching.mesh] = self._surroundings(*batching.mesh)
-        return self._known[batching.mesh]
+    def surroundings(self, batching: Batching, partition_group_size: int = 0) -> Surroundings:
+        """Of a mesh, where so many replicas divide a state (0: all), made once."""
+        key = (*batching.mesh, partition_group_size)
+        if key not in self._known:
+            self._known[key] = self._surroundings(*key)
+        return self._known[key]
 
-    def _surroundings(self, replicas: int, ranks: int) -> Surroundings:
-        graph = self._parameters
+    def _surroundings(self, replicas: int, ranks: int, group_size: int) -> Surroundings:
+        graph, parts = self._parameters, group_size or replicas
         return Surroundings(
             limit_bytes=np.full(ranks, self._limit_bytes),
             weight_bytes=graph[0],
@@ -291,9 +301,11 @@ class Branches:
             master_bytes=graph[4],
             updated_bytes=graph[5],
             optimizer_slots=self.problem.optimizer_slots,
-            byte_seconds=(replicas - 1) / replicas / self._bandwidth(replicas),
+            num_parts=parts,
+            # What passes over the groups besides is left out.
+            byte_seconds=(parts - 1) / parts / max(map(self._bandwidth, {parts, replicas})),
             load_byte_seconds=min(1 / (d.host_bandwidth or math.inf) for d in self.rates.devices),
-            pass_seconds=self._latency(replicas),
+            pass_seconds=min(map(self._latency, {parts, replicas})),
             least_update_seconds=min(d.kernel_overhead_seconds for d in self.rates.devices),
             update_seconds=min(
                 2

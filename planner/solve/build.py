@@ -10,6 +10,7 @@ from functools import cached_property
 
 from planner.cluster.types import Device
 from planner.cost import num_rounds
+from planner.layouts import Grid
 from planner.partitions import gathers_for_passes, gathers_updates
 from planner.solve.choices import Choice
 from planner.solve.crossings import Crossings, make_crossings
@@ -50,7 +51,7 @@ class Builder:
     """By micro-batch size."""
     _times: dict[tuple[int, tuple[int, ...]], LayerTimes] = field(default_factory=dict)
     """By micro-batch size and identity of the kinds of device."""
-    _meshes: dict[object, Mesh] = field(default_factory=dict)
+    _meshes: dict[Grid, Mesh] = field(default_factory=dict)
     _rings: dict[object, RingTraffic] = field(default_factory=dict)
     _crossings: dict[tuple[int, int], Crossings] = field(default_factory=dict)
     """By micro-batch size and number of stages."""
@@ -60,10 +61,10 @@ class Builder:
         return Ground.of(self.problem)
 
     def mesh_of(self, choice: Choice) -> Mesh:
-        key = (choice.num_replicas, choice.num_pipeline_ranks, choice.layout)
-        if key not in self._meshes:
-            self._meshes[key] = self._ground.mesh(*key)
-        return self._meshes[key]
+        grid = choice.grid
+        if grid not in self._meshes:
+            self._meshes[grid] = self._ground.mesh(grid)
+        return self._meshes[grid]
 
     def figures_of(self, choice: Choice) -> Figures:
         size = choice.micro_batch_size
@@ -132,7 +133,7 @@ class Builder:
         for kind in mesh.kinds:
             times = self._times_of(choice, kind.devices)
             compute = 2 * sum(times.forward) + sum(times.backward)
-            moved = collectives(choice, kind.group_link, mesh.collectives)
+            moved = collectives(choice, kind, mesh.collectives)
             seconds = 2 * choice.num_micro_batches * compute + whole * (moved.gather + moved.reduce)
             longest = max(longest, seconds)
         return longest / HORIZON_TICKS

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from planner.errors import UsageError
 from planner.layouts import Grid, Layout
+from planner.partitions import partition_text
+from planner.solve.groups import partition_group_size
 from planner.solve.problem import Constraints, Problem
 from planner.solve.types import Split
 from planner.words import counted
@@ -45,6 +47,13 @@ class Choice:
     layout: Layout = Layout.REPLICAS_INSIDE
     assignment: tuple[int, ...] = ()
     """Pipeline rank of each stage; empty: stage s on rank s mod P, as many on every rank."""
+    partition_group_size: int = 0
+    """Replicas that divide the state among them; 0: all, or nothing is divided."""
+
+    @property
+    def num_parts(self) -> int:
+        """Of the state; 1 where nothing is partitioned."""
+        return self.grid.num_parts if self.partition else 1
 
     @property
     def num_stages(self) -> int:
@@ -63,6 +72,7 @@ class Choice:
             num_replicas=self.num_replicas,
             num_pipeline_ranks=self.num_pipeline_ranks,
             layout=self.layout,
+            partition_group_size=self.partition_group_size,
         )
 
     def split(self, boundaries: tuple[int, ...]) -> Split:
@@ -78,7 +88,8 @@ class Choice:
             f"{counted(self.num_replicas, 'replica')} x "
             f"{counted(self.num_pipeline_ranks, 'pipeline rank')}, {stages}, "
             f"{counted(self.num_micro_batches, 'micro-batch', 'es')} of {self.micro_batch_size}, "
-            f"partition {self.partition}, {_RECOMPUTES[self.recompute]}"
+            f"partition {partition_text(self.partition, self.partition_group_size)}, "
+            f"{_RECOMPUTES[self.recompute]}"
             + (", state offloaded" if self.offload_state else "")
             + (", inputs offloaded" if self.offload_inputs else "")
         )
@@ -123,11 +134,17 @@ def check_problem(problem: Problem, num_layers: int) -> None:
         )
     if wanted.partition not in (None, 0, 1, 2, 3):
         raise UsageError(f"partition level {wanted.partition} is unknown", hint="0, 1, 2 or 3")
+    within, replicas = wanted.partition_within, wanted.num_replicas
+    if isinstance(within, int) and replicas is not None and replicas % within:
+        raise UsageError(
+            f"{counted(replicas, 'replica')} do not divide into partition groups of {within}",
+            hint=f"groups of a divisor of {replicas}, or another number of replicas",
+        )
     _check_batch(problem)
 
 
 def _demanded_counts(problem: Problem) -> tuple[tuple[str, int | None], ...]:
-    wanted = problem.constraints
+    wanted, within = problem.constraints, problem.constraints.partition_within
     return (
         ("the number of devices", problem.num_devices),
         ("the global batch size", problem.global_batch_size),
@@ -137,6 +154,7 @@ def _demanded_counts(problem: Problem) -> tuple[tuple[str, int | None], ...]:
         ("the micro-batch size", wanted.micro_batch_size),
         ("the number of micro-batches", wanted.num_micro_batches),
         ("the number of buffers", wanted.num_buffers),
+        ("the size of partition groups", within if isinstance(within, int) else None),
     )
 
 
@@ -187,7 +205,8 @@ def mesh_groups(
         raise UsageError(
             f"no mesh of up to {problem.num_devices} devices serves a global batch of "
             f"{problem.global_batch_size} samples with {demands(problem.constraints)}",
-            hint="leave one of these choices free (partition 3 needs at least two replicas)",
+            hint="leave one of these choices free (a partitioned state needs two replicas "
+            "that divide it)",
         )
 
 
@@ -275,9 +294,11 @@ def _choices_of_mesh(
 ) -> Iterator[Choice]:
     (replicas, ranks), wanted = mesh, problem.constraints
     stages = stage_counts(wanted, ranks, num_layers)
-    partitions = [0, 3] if replicas > 1 else [0]
+    grid = Grid(num_replicas=replicas, num_pipeline_ranks=ranks)
+    group_size = partition_group_size(problem, grid)
+    partitions = [0, 3] if group_size != 1 else [0]
     if wanted.partition is not None:
-        partitions = [wanted.partition] if replicas > 1 or not wanted.partition else []
+        partitions = [wanted.partition] if group_size != 1 or not wanted.partition else []
     recomputes = [False, True] if wanted.recompute is None else [wanted.recompute]
     for (size, count), stages_per_rank, partition, recompute in itertools.product(
         _batchings(problem, replicas, ranks), stages, partitions, recomputes
@@ -294,4 +315,5 @@ def _choices_of_mesh(
                 offload_state=wanted.offload_state or False,
                 offload_inputs=wanted.offload_inputs or False,
                 num_buffers=wanted.num_buffers or 2,
+                partition_group_size=group_size if partition else 0,
             )

@@ -50,4 +50,5 @@ def placement_of(choice: Choice, split: Split) -> Placement:
         offload_state=choice.offload_state,
         offload_inputs=choice.offload_inputs,
         layout=choice.layout,
+        partition_group_size=choice.partition_group_size if choice.partition else 0,
     )

@@ -86,15 +86,14 @@ def _all_choices(
     problem: Problem, batching: Batching, num_layers: int, *, modular: bool
 ) -> Iterator[Choice]:
     """Every setting of the other choices."""
-    wanted = problem.constraints
-    places = layouts(problem, batching)
-    plain = choice_of(
-        problem, batching, all_options(batching.num_replicas, wanted)[0], stages_per_rank=1
-    )
+    wanted, every = problem.constraints, all_options(problem, batching)
+    plain = choice_of(problem, batching, every[0], stages_per_rank=1)
+    placed = [
+        (options, layout) for options in every for layout in layouts(problem, batching, options)
+    ]
     for stages in _all_stages(problem, plain, num_layers, modular=modular):
-        for options, layout, num_buffers in itertools.product(
-            all_options(batching.num_replicas, wanted),
-            places,
+        for (options, layout), num_buffers in itertools.product(
+            placed,
             range(1, min(MAX_BUFFERS, stages.stages_per_rank) + 1)
             if wanted.num_buffers is None
             else (wanted.num_buffers,),

@@ -10,6 +10,8 @@ independent of the split.
 This module knows layers, links and limits. It does not know splits.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from planner.partitions import gathers_updates
@@ -28,15 +30,28 @@ def rough_seconds(batching: Batching, floors: LayerFloors) -> float:
     return float(count * floors.prefix[-1] / ranks + before.mean() + after.mean())
 
 
-def quick_seconds(batching: Batching, floors: LayerFloors, around: Surroundings) -> float:
-    """The same for any options: the memory of the roomiest, the quickest update and traffic."""
+def quick_seconds(
+    batching: Batching,
+    floors: LayerFloors,
+    around: Surroundings,
+    grouped: Iterable[Surroundings],
+) -> float:
+    """The same for any options: the memory of the roomiest, the quickest update and traffic.
+
+    `grouped` has an entry for each size of groups that may partition a state.
+    """
     # Weights that all replicas hold whole come from the host where the state is offloaded.
-    plans = [(0, False), (0, True)] + [(1, True), (3, True)] * (batching.num_replicas > 1)
-    roomiest = (
-        Options(partition=partition, offload_state=away, offload_inputs=True)
-        for partition, away in plans
+    plans = [(around, 0, False), (around, 0, True)]
+    plans += [(one, partition, True) for one in grouped for partition in (1, 3)]
+    return min(
+        least_seconds(
+            batching,
+            floors,
+            one,
+            Options(partition=partition, offload_state=away, offload_inputs=True),
+        )
+        for one, partition, away in plans
     )
-    return min(least_seconds(batching, floors, around, options) for options in roomiest)
 
 
 def least_seconds(
@@ -69,7 +84,7 @@ def _least_time(
         (compute + rebuilt) / ranks + float(before.mean()),
         (compute + rebuilt * (count - 1) / count) / ranks + float((before + after).mean()),
     )
-    shards = batching.num_replicas if partition else 1
+    shards = around.num_parts if partition else 1
     updates = around.trainable_bytes * around.update_seconds / shards
     start, end, whole = traffic_seconds(batching, around, partition)
     last = end

@@ -43,12 +43,14 @@ class Surroundings:
     updated_bytes: Floats
     """Of the weights that are trained, as the others gather them."""
     optimizer_slots: int
+    num_parts: int
+    """Replicas that divide a state where it is partitioned."""
     byte_seconds: float
-    """Of a byte of weights to pass between all replicas once; 0 with one."""
+    """Of a byte of weights to pass between those once; 0 with one."""
     load_byte_seconds: float
     """Of a byte from host memory."""
     pass_seconds: float
-    """Latency of passing anything between all replicas once; 0 with one."""
+    """Latency of passing anything between those once; 0 with one."""
     least_update_seconds: float
     update_seconds: float
     """Of a byte of trainable parameters, whole."""
@@ -66,7 +68,7 @@ def least_rebuilt(
     """Seconds of forwards that memory forces all ranks together to run again; infinite where even
     recompute does not help. With two buffers or more, weights are gathered."""
     count, ranks = batching.num_micro_batches, batching.num_pipeline_ranks
-    state = state_bytes(batching, around, options)
+    state = state_bytes(around, options)
     pools = pool_bytes(around, options)
     alone = state + pools + floors.saved
     if float(alone.max()) > float(around.limit_bytes.max()):
@@ -127,12 +129,11 @@ def _fractions(sizes: Floats, costs: Floats, missing: float) -> tuple[float, Flo
     return (total if before[-1] >= missing else float("inf")), parts
 
 
-def state_bytes(batching: Batching, around: Surroundings, options: Options) -> Floats:
+def state_bytes(around: Surroundings, options: Options) -> Floats:
     """Per layer: weights and moments that stand on a device through forward."""
-    replicas = batching.num_replicas
     away = offloaded(options.partition, offload_state=options.offload_state)
     moments = around.optimizer_slots * around.trainable_bytes * ("moments" not in away)
-    shards = replicas if options.partition else 1
+    shards = around.num_parts if options.partition else 1
     if gathers(options):
         weights = around.shard_bytes * ("shard" not in away) / shards
     else:

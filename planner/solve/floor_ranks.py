@@ -95,7 +95,7 @@ def fullest_seconds(
     rest = rebuilt * ((count - 1) / count) if count > 1 else np.where(np.isinf(rebuilt), rebuilt, 0)
     shown = compute + np.maximum(rebuilt, rest + waits.between[:, None])
     shown += waits.start + waits.before[:, None]
-    shards = batching.num_replicas if options.partition else 1
+    shards = around.num_parts if options.partition else 1
     updates = deal.sums(around.trainable_bytes * (around.update_seconds / shards))
     # Its updates may fill the wait at its end.
     backs = np.concatenate([[0.0], np.cumsum(floors.backward)])[: deal.num_ranks, None]
@@ -127,7 +127,7 @@ def _rebuilt(
         # A rank with one stage alone has one buffer for all of its layers.
         pooled = np.maximum(pooled, np.minimum(deal.largest(each), deal.sums(alone)))
     room = float(around.limit_bytes.max()) - pooled
-    room -= deal.sums(state_bytes(batching, around, options))
+    room -= deal.sums(state_bytes(around, options))
     # The last layer has its first micro-batch there when its backward begins, rebuilt or not.
     room[-1] -= float(floors.ending[0]) + float(floors.saved[-1])
     never = room < 0

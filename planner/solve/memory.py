@@ -48,9 +48,8 @@ def _ties_meet(figures: Figures, choice: Choice) -> bool:
 
 
 def per_shard(counts: Iterable[int], choice: Choice) -> list[int]:
-    """What one replica holds of each count that the replicas divide, rounded up."""
-    shards = choice.num_replicas if choice.partition else 1
-    return [-(-count // shards) for count in counts]
+    """What one replica holds of each count that a partition divides, rounded up."""
+    return [-(-count // choice.num_parts) for count in counts]
 
 
 def reduced_bytes(counts: Iterable[int], choice: Choice) -> list[int]:
@@ -140,7 +139,10 @@ class Held:
         is_direct = self.problem.cluster.backend == "gloo" and self.reduces
         if not is_direct:
             return [0] * self.figures.num_layers
-        return [size - size // self.choice.num_replicas for size in self.trainable]
+        choice = self.choice
+        divided = divides_gradients(choice.partition)
+        members = choice.num_parts if divided else choice.num_replicas
+        return [size - size // members for size in self.trainable]
 
     @property
     def reduced(self) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.cluster.types import Cluster, CollectiveAlgorithm, Device, Link
-from planner.layouts import Grid, Layout
+from planner.layouts import Grid
 from planner.solve.problem import Problem
 
 __all__ = ["Ground", "Mesh", "RankKind"]
@@ -28,6 +28,10 @@ class RankKind:
     """The kinds of device among them."""
     group_link: Link
     """The slowest link between them."""
+    part_link: Link
+    """Likewise inside their partition groups, all of them at work."""
+    copy_link: Link
+    """Likewise between those that have the same part, of all parts at once."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,26 +90,30 @@ class Ground:
     def of(cls, problem: Problem) -> "Ground":
         return cls(cluster=problem.cluster, memory_limit_bytes=problem.memory_limit_bytes)
 
-    def mesh(self, replicas: int, ranks: int, layout: Layout) -> Mesh:
-        """Where the layout puts every replica of every rank."""
-        grid = Grid(num_replicas=replicas, num_pipeline_ranks=ranks, layout=layout)
+    def mesh(self, grid: Grid) -> Mesh:
+        """Where the grid puts every replica of every rank."""
         kinds: dict[Any, int] = {}
         found: list[RankKind] = []
         rank_kinds, limits = [], []
-        for rank in range(ranks):
+        for rank in range(grid.num_pipeline_ranks):
             members = np.array(grid.replicas_of(rank))
             hosts = self._hosts[members]
             used = np.unique(hosts)
             devices = tuple(np.unique(self._kinds[used]).tolist())
             limits.append(int(self._limits[used].min()))
-            link = self._group_link(members, used)
-            key = (devices, link)
+            links = [self._group_link(members[None], used)] * 3
+            if grid.num_parts < grid.num_replicas:
+                groups = members.reshape(-1, grid.num_parts)
+                links[1:] = self._group_link(groups, used), self._group_link(groups.T, used)
+            key = (devices, *links)
             if key not in kinds:
                 kinds[key] = len(found)
                 found.append(
                     RankKind(
                         devices=tuple(self.cluster.hosts[index].device for index in devices),
-                        group_link=link,
+                        group_link=links[0],
+                        part_link=links[1],
+                        copy_link=links[2],
                     )
                 )
             rank_kinds.append(kinds[key])
@@ -118,11 +126,11 @@ class Ground:
             collectives=self.cluster.collectives,
         )
 
-    def _group_link(self, members: _Ints, hosts: _Ints) -> Link:
-        """Between the members of a group, each of which sends to the next one."""
+    def _group_link(self, groups: _Ints, hosts: _Ints) -> Link:
+        """Between the members of groups (rows) that work at once; each sends to the next one."""
         if len(hosts) == 1:
             return self.cluster.hosts[int(hosts[0])].link
-        return self.slowest(members, np.roll(members, -1))
+        return self.slowest(groups.ravel(), np.roll(groups, -1, axis=1).ravel())
 
     def slowest(self, sources: _Ints, destinations: _Ints) -> Link:
         """Of links in use at once, from each source to its destination."""

@@ -49,7 +49,8 @@ def _choices(choice: Choice, wanted: Constraints) -> Iterator[Choice]:
     if choice.offload_inputs and wanted.offload_inputs is None:
         yield dataclasses.replace(choice, offload_inputs=False)
     for partition in range(choice.partition if wanted.partition is None else 0):
-        yield dataclasses.replace(choice, partition=partition)
+        size = choice.partition_group_size if partition else 0
+        yield dataclasses.replace(choice, partition=partition, partition_group_size=size)
     if wanted.stages_per_rank is None and not choice.assignment:
         for number in sorted({1, choice.stages_per_rank // 2, choice.stages_per_rank - 1} - {0}):
             if number < choice.stages_per_rank:

@@ -48,7 +48,7 @@ class TableMaker:
         moments, shards = self._state_bytes()
         read, _ = _each_byte(read_seconds, self.kind.devices)
         reduced = reduced_bytes(self._parameters.trainable_bytes, self.choice)
-        moved = collectives(self.choice, self.kind.group_link, self.algorithm)
+        moved = collectives(self.choice, self.kind, self.algorithm)
         gather, reduce, gather_updated = self._data_tables(moved)
         updates, least_update = self._updates()
         forward, again, backward = self._compute_tables()

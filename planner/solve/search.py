@@ -358,7 +358,7 @@ class _Search:
         return choice_of(
             self.problem,
             batching,
-            all_options(batching.num_replicas, wanted)[0],
+            all_options(self.problem, batching)[0],
             stages_per_rank=wanted.stages_per_rank or 1,
         )
 

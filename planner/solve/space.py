@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from planner.errors import UsageError
-from planner.layouts import Layout
+from planner.layouts import Grid, Layout
 from planner.solve.choices import Choice, demands, divisors
-from planner.solve.problem import Constraints, Problem
+from planner.solve.groups import partition_group_size
+from planner.solve.problem import Problem
 
 __all__ = ["Batching", "Options", "all_options", "batchings", "choice_of", "layouts"]
 
@@ -37,6 +38,8 @@ class Options:
     partition: int
     offload_state: bool
     offload_inputs: bool
+    partition_group_size: int = 0
+    """Replicas that divide the state among them; 0: all, or nothing is divided."""
 
 
 def batchings(problem: Problem, num_layers: int) -> list[Batching]:
@@ -54,14 +57,32 @@ def batchings(problem: Problem, num_layers: int) -> list[Batching]:
         )
         for replicas, size, count in _batches(problem)
         for ranks in _ranks(problem, replicas, num_layers)
+        if _may_partition(problem, replicas, ranks)
     ]
     if not found:
         raise UsageError(
             f"no mesh of up to {problem.num_devices} devices serves a global batch of "
             f"{problem.global_batch_size} samples with {demands(problem.constraints)}",
-            hint="leave one of these choices free (a partitioned state needs two replicas)",
+            hint="leave one of these choices free (a partitioned state needs two replicas that "
+            "divide it)",
         )
     return found
+
+
+def _may_partition(problem: Problem, replicas: int, ranks: int) -> bool:
+    """Whether the mesh can have the partition that is demanded, if any."""
+    return not problem.constraints.partition or bool(_group_sizes(problem, replicas, ranks))
+
+
+def _group_sizes(problem: Problem, replicas: int, ranks: int) -> list[int]:
+    """Of the groups that may divide the state: largest first, 0 for all replicas."""
+    sizes = {
+        partition_group_size(
+            problem, Grid(num_replicas=replicas, num_pipeline_ranks=ranks, layout=layout)
+        )
+        for layout in _layouts(problem, replicas, ranks)
+    } - {1}
+    return sorted(sizes, key=lambda size: -(size or replicas))
 
 
 def _batches(problem: Problem) -> Iterator[tuple[int, int, int]]:
@@ -69,8 +90,6 @@ def _batches(problem: Problem) -> Iterator[tuple[int, int, int]]:
     wanted = problem.constraints
     for replicas in divisors(problem.global_batch_size):
         if replicas > problem.num_devices or wanted.num_replicas not in (None, replicas):
-            continue
-        if wanted.partition and replicas == 1:
             continue
         per_replica = problem.global_batch_size // replicas
         for size in divisors(per_replica):
@@ -90,23 +109,43 @@ def _ranks(problem: Problem, replicas: int, num_layers: int) -> Iterator[int]:
         yield wanted.num_pipeline_ranks
 
 
-def all_options(num_replicas: int, wanted: Constraints) -> list[Options]:
+def all_options(problem: Problem, batching: Batching) -> list[Options]:
     """Those that the demands allow, the plainest first."""
-    partitions = range(4) if num_replicas > 1 else (0,)
+    wanted, sizes = problem.constraints, _group_sizes(problem, *batching.mesh)
+    partitions = [(0, 0), *itertools.product((1, 2, 3), sizes)]
     return [
-        Options(partition=partition, offload_state=state, offload_inputs=inputs)
-        for state, inputs, partition in itertools.product((False, True), (False, True), partitions)
+        Options(
+            partition=partition,
+            offload_state=state,
+            offload_inputs=inputs,
+            partition_group_size=size,
+        )
+        for state, inputs, (partition, size) in itertools.product(
+            (False, True), (False, True), partitions
+        )
         if wanted.partition in (None, partition)
         and wanted.offload_state in (None, state)
         and wanted.offload_inputs in (None, inputs)
     ]
 
 
-def layouts(problem: Problem, batching: Batching) -> list[Layout]:
-    """Arrangements of world ranks that differ: one where everybody is on one host."""
+def layouts(problem: Problem, batching: Batching, options: Options) -> list[Layout]:
+    """Arrangements of world ranks that differ, and have the groups of these options: one where
+    everybody is on one host."""
     replicas, ranks = batching.mesh
+    found = _layouts(problem, replicas, ranks)
+    if not options.partition:
+        return found
+    grids = [
+        Grid(num_replicas=replicas, num_pipeline_ranks=ranks, layout=layout) for layout in found
+    ]
+    wanted = options.partition_group_size
+    return [grid.layout for grid in grids if partition_group_size(problem, grid) == wanted]
+
+
+def _layouts(problem: Problem, replicas: int, ranks: int) -> list[Layout]:
     inside = replicas * ranks <= problem.cluster.hosts[0].num_devices
-    return [Layout.REPLICAS_INSIDE] if inside or 1 in batching.mesh else list(Layout)
+    return [Layout.REPLICAS_INSIDE] if inside or 1 in (replicas, ranks) else list(Layout)
 
 
 def choice_of(
@@ -116,9 +155,9 @@ def choice_of(
     *,
     stages_per_rank: int,
     num_buffers: int = 2,
-    layout: Layout = Layout.REPLICAS_INSIDE,
 ) -> Choice:
-    """All choices together; recompute is left to the split unless it is demanded."""
+    """All choices together, in the first layout that they go with; recompute is left to the split
+    unless it is demanded."""
     return Choice(
         num_replicas=batching.num_replicas,
         num_pipeline_ranks=batching.num_pipeline_ranks,
@@ -130,5 +169,6 @@ def choice_of(
         offload_state=options.offload_state,
         offload_inputs=options.offload_inputs,
         num_buffers=problem.constraints.num_buffers or num_buffers,
-        layout=layout,
+        layout=layouts(problem, batching, options)[0],
+        partition_group_size=options.partition_group_size,
     )

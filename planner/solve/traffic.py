@@ -16,6 +16,7 @@ from planner.partitions import divides_gradients
 from planner.solve.choices import Choice
 from planner.solve.figures import Figures
 from planner.solve.memory import reduced_bytes
+from planner.solve.mesh import RankKind
 
 __all__ = [
     "Collectives", "RingTraffic", "affine", "collectives", "hop_seconds", "ring_traffic",
@@ -85,7 +86,7 @@ def hop_seconds(messages: Messages, link: Link) -> list[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collectives:
-    """Seconds per byte and per stage of data-parallel transfers over one group."""
+    """Seconds per byte and per stage of data-parallel transfers of one pipeline rank."""
 
     gather: float
     """Per byte of whole weights."""
@@ -94,13 +95,25 @@ class Collectives:
     reduce_latency: float
 
 
-def collectives(choice: Choice, link: Link, algorithm: CollectiveAlgorithm) -> Collectives:
+def collectives(choice: Choice, kind: RankKind, algorithm: CollectiveAlgorithm) -> Collectives:
     """Gathers of weights and sums of gradients over the replicas of a rank."""
-    replicas = choice.num_replicas
+    replicas, parts = choice.num_replicas, choice.grid.num_parts
+
+    def sum_whole(count: int) -> float:
+        return all_reduce_seconds(count, replicas, kind.group_link, algorithm)
+
+    def sum_in_parts(count: int) -> float:
+        inside = reduce_scatter_seconds(count, parts, kind.part_link, algorithm)
+        if parts == replicas:
+            return inside
+        part, groups = -(-count // parts), replicas // parts
+        return inside + all_reduce_seconds(part, groups, kind.copy_link, algorithm)
+
     divided = divides_gradients(choice.partition)
-    reduce_whole = reduce_scatter_seconds if divided else all_reduce_seconds
-    reduce, reduce_latency = affine(lambda count: reduce_whole(count, replicas, link, algorithm))
-    gather, gather_latency = affine(lambda count: gather_seconds(count, replicas, link, algorithm))
+    reduce, reduce_latency = affine(sum_in_parts if divided else sum_whole)
+    gather, gather_latency = affine(
+        lambda count: gather_seconds(count, parts, kind.part_link, algorithm)
+    )
     return Collectives(
         gather=gather,
         gather_latency=gather_latency,

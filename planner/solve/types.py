@@ -49,10 +49,17 @@ class Placement:
     """Move stored stage inputs to host memory between forward and backward."""
     layout: Layout = Layout.REPLICAS_INSIDE
     """Which neighbours share hosts. The same with one replica or one pipeline rank."""
+    partition_group_size: int = 0
+    """Consecutive replicas that divide the state among them, as all other groups do; 0: all."""
 
     @property
     def num_stages(self) -> int:
         return len(self.stage_ranks)
+
+    @property
+    def num_parts(self) -> int:
+        """Of the state; 1 where nothing is partitioned."""
+        return self.grid.num_parts if self.partition else 1
 
     @property
     def is_modular(self) -> bool:
@@ -75,6 +82,7 @@ class Placement:
             num_replicas=self.num_replicas,
             num_pipeline_ranks=self.num_pipeline_ranks,
             layout=self.layout,
+            partition_group_size=self.partition_group_size,
         )
 
 
@@ -104,6 +112,8 @@ class Candidate:
     """Simulated; None where pruned or infeasible."""
     assignment: tuple[int, ...] = ()
     """Pipeline rank of each stage; empty: stage s on rank s mod P, as many on every rank."""
+    partition_group_size: int = 0
+    """Replicas that divide a partitioned state among them; 0: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

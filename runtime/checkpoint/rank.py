@@ -2,7 +2,8 @@
 
 Names: `model.<parameter or buffer>` and `optimizer.state.<parameter>.<slot>`, as
 torch.distributed.checkpoint.state_dict has them. Of several that hold the same, one writes: the
-first pipeline rank of a tied unit, and replica 0 of what is not partitioned. Every rank reads what
+first pipeline rank of a tied unit, and the first partition group, which is replica 0 where nothing
+is partitioned. Every rank reads what
 it holds. Buffers of modules are replica 0's: each replica keeps running statistics of its own.
 
 This module knows units and their parts. It does not know files.
@@ -35,7 +36,7 @@ def parts_of(rank: RankState, buffers: Mapping[str, Tensor]) -> list[Part]:
     """Everything that this rank writes; `buffers` are those of its modules that are saved."""
     found: list[Part] = []
     for state in rank.units.values():
-        if rank.rank == state.unit.ranks[0] and (state.partitioned or rank.replica == 0):
+        if rank.rank == state.unit.ranks[0] and rank.replica < rank.plan.num_parts:
             found += _parameters(state, _shard(rank, state), state.first)
             found += _moments(rank, state)
     if rank.replica == 0:

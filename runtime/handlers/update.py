@@ -3,8 +3,8 @@
 The norm of the whole model's gradient is the square root of the sum of the squares of the norms of
 all units, as torch.nn.utils.clip_grad_norm_ takes it over parameters. Where clipping is delayed,
 updates leave the squares, and CLIP finds the factor of the next step. Every element counts once:
-parts of all replicas where the gradient is partitioned, else replica 0's; of tied units the lowest
-rank's.
+parts of the first partition group where the gradient is partitioned, else replica 0's; of tied
+units the lowest rank's.
 """
 
 import torch
@@ -96,7 +96,8 @@ def save(rank: RankState, instruction: Instruction) -> None:
 def _square(rank: RankState, state: UnitState, gradient: Tensor) -> Tensor:
     """The sum of the squares of this rank's part of a unit's gradient; 0 where another's counts."""
     is_first = rank.rank == state.unit.ranks[0]
-    if is_first and (state.divides_gradients or rank.replica == 0):
+    num_counted = rank.plan.num_parts if state.divides_gradients else 1
+    if is_first and rank.replica < num_counted:
         return _norm(gradient).double().square()
     return torch.zeros((), dtype=torch.float64, device=rank.device)
 

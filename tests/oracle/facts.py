@@ -105,15 +105,21 @@ class Facts:
         kinds = ["moments"] if self.joins_updates else ["shard", "moments"]
         return kinds if self.plan.offload_state else []
 
+    @property
+    def _share(self) -> int:
+        """Of how many replicas each has one part of the state."""
+        plan = self.plan
+        if plan.partition == 0:
+            return 1
+        return plan.partition_group_size if plan.partition_group_size else plan.num_replicas
+
     def part_elements(self, unit: Unit) -> int:
         """Of one replica's shard."""
-        share = self.plan.num_replicas if self.plan.partition > 0 else 1
-        return math.ceil(unit.num_elements / share)
+        return math.ceil(unit.num_elements / self._share)
 
     def whole_elements(self, unit: Unit) -> int:
         """Of the gathered unit with its padding."""
-        share = self.plan.num_replicas if self.plan.partition > 0 else 1
-        return self.part_elements(unit) * share
+        return self.part_elements(unit) * self._share
 
     def reduced_elements(self, unit: Unit) -> int:
         """Of the gradient that a replica has after REDUCE."""
@@ -184,7 +190,7 @@ class Facts:
             num_others = len(self.units[instruction.unit].ranks) - 1
             size = num_bytes(self._entry(rank, f"reduced:{instruction.unit}"))
             if instruction.opcode is Opcode.REDUCE:
-                num_others = self.plan.num_replicas - 1
+                num_others = self._share - 1
                 if self.plan.partition < 2:  # what arrives is one part of the whole from each
                     size, num_others = size - size // self.plan.num_replicas, 1
             yield Life(
