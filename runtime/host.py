@@ -9,6 +9,7 @@ This module knows values. It does not know when anything happens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,8 +50,8 @@ class HostMemory:
     def __init__(self, streams: Streams, folder: Path | None = None) -> None:
         """Raises UsageError if no file can be made in the folder."""
         self._streams = streams
-        self._files = None if folder is None else MappedFolder(folder)
-        self._rooms = Rooms(self._make_room)
+        files = None if folder is None else MappedFolder(folder)
+        self._rooms = Rooms(partial(_make_room, files))
         self._values: dict[str, Any] = {}
         self._checkpoint = Checkpoint(num_steps=0, shards={}, moments={})
         self._in_checkpoint: list[HostCopy] = []
@@ -151,17 +152,22 @@ class HostMemory:
             copy.tensor.copy_(tensor.detach(), non_blocking=True)
         return HostCopy(copy.tensor, tensor.device)
 
-    def _make_room(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, pin: bool
-    ) -> Tensor:
-        if self._files is not None:
-            return self._files.empty_strided(shape, strides, dtype)
-        return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=pin)
-
     def _free(self, copies: list[HostCopy]) -> None:
         """What the checkpoint holds is free when the next one is complete."""
         held = {id(copy) for copy in self._in_checkpoint}
         self._rooms.give_back(copy for copy in copies if id(copy) not in held)
+
+
+def _make_room(
+    files: MappedFolder | None,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    pin: bool,
+) -> Tensor:
+    if files is not None:
+        return files.empty_strided(shape, strides, dtype)
+    return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=pin)
 
 
 def _tensor(copy: HostCopy) -> Tensor:

@@ -9,6 +9,7 @@ from stepping import CPU, batches, on_every_rank
 from test_runtime_offload import Twice, Wide, mean_square, rows
 from torch import Tensor
 
+import runtime.host
 from planner.plan.types import PlanOptions
 from runtime.executor import Executor
 from runtime.host import HostMemory
@@ -79,13 +80,13 @@ def test_steps_after_the_first_make_no_room(monkeypatch: pytest.MonkeyPatch) -> 
         offload_inputs=True,
     )
     given, num_made = batches(made, model_file, 0)[0], [0]
-    make = HostMemory._make_room
+    make = runtime.host._make_room
 
     def counted(*arguments: Any) -> Tensor:
         num_made[0] += 1
         return make(*arguments)
 
-    monkeypatch.setattr(HostMemory, "_make_room", counted)
+    monkeypatch.setattr(runtime.host, "_make_room", counted)
 
     def run(executor: Executor) -> tuple[int, int]:
         for _ in range(2):  # the first has no checkpoint before it

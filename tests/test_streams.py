@@ -4,6 +4,8 @@ Streams are stood in for by `races`, which does the work on the CPU and finds wh
 What needs a GPU is in test_cuda.py.
 """
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -213,6 +215,26 @@ def test_sends_are_kept_until_they_are_over_and_hold_nothing_up(
     for num_sent, num_kept in on_every_rank(made, model_file, run):
         assert num_sent > 0
         assert num_kept == 0
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_memory_is_let_go_with_its_executor(is_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when Python looks for cycles: the next one may need it."""
+    if is_gpu:
+        as_on_a_gpu(monkeypatch)
+    made = offloaded()
+    executor = executor_of(made, WIDE)
+    executor.step(WIDE.example_batch(made.replica_batch_size))
+    rank = executor._rank
+    found = [weakref.ref(rank.host), *map(weakref.ref, rank.resident_tensors())]
+    executor.close()
+    gc.collect()
+    gc.disable()
+    try:
+        del executor, rank
+        assert [each() for each in found] == [None] * len(found)
+    finally:
+        gc.enable()
 
 
 class Slow:
