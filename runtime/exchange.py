@@ -276,15 +276,22 @@ class _Worker:
     def _loop(self) -> None:
         while (item := self._jobs.get()) is not None:
             future, job = item
-            try:
-                if self._error is not None:
-                    raise self._error
-                job()
+            self._error = self._error or _error_of(job)
+            # Its buffers go before anybody hears that it is over, and might make more.
+            del item, job
+            if self._error is None:
                 future.set_result(None)
-            except Exception as error:
-                self._error = error
-                future.set_exception(error)
-            del item, future, job  # or the last job's buffers live until the next one comes
+            else:
+                future.set_exception(self._error)
+            del future
+
+
+def _error_of(job: Callable[[], None]) -> Exception | None:
+    try:
+        job()
+    except Exception as error:
+        return error
+    return None
 
 
 def ordered_sum(parts: list[Tensor], mine: int, output: Tensor) -> None:

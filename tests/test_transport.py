@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transport_ranks import KINDS, SCENARIOS, SIZES, every_call, many_at_once, v
 from planner.errors import DeadlineError, PeerLostError
 from planner.layouts import Grid, Layout
 from planner.plan.types import Plan
+from runtime.exchange import Channel
 from runtime.local import LocalHub, LocalTransport, run_local
 
 LAYOUTS = [
@@ -235,3 +237,22 @@ def test_another_world_size_is_refused(tmp_path: Path) -> None:
         assert "the launcher started 2 processes, but the plan needs 4" in words
         assert "Traceback" not in words
     assert [process.returncode for process in job.processes] == [2, 2]
+
+
+class Job:
+    """Does nothing, and is watched."""
+
+    def __call__(self) -> None:
+        pass
+
+
+def test_a_job_is_let_go_before_anybody_hears_that_it_is_over() -> None:
+    transport = LocalTransport(LocalHub(Grid(num_replicas=1, num_pipeline_ranks=1), 10), 0)
+    for _ in range(3000):
+        job = Job()
+        watched = weakref.ref(job)
+        pending = transport._run(Channel("reduce", (0,)), job)
+        del job
+        pending.wait()
+        assert watched() is None
+    transport.close()
