@@ -5,6 +5,7 @@ recomputation, layout and outermost stages are changed one at a time, and the si
 change to keep. This module knows what may be changed. It does not know why a change helps.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from planner.layouts import Layout
 from planner.schedules import Schedule
 from planner.solve import Placement, Problem, Simulated
 from planner.solve.entry import Clock
-from planner.solve.groups import with_groups
+from planner.solve.groups import partition_group_sizes, with_groups
 from planner.solve.mesh import Ground
 
 __all__ = ["improved"]
@@ -43,7 +44,8 @@ def improved(
     best, tried = (placement, step_seconds), {placement}
     for _ in range(MAX_ROUNDS):
         start = best
-        for changed in _neighbours(start[0]):
+        regrouped = _regrouped(problem, start[0])
+        for changed in itertools.chain(_neighbours(start[0]), regrouped):
             other = with_groups(problem, changed)
             if other is None or other in tried or not _may_be(problem, other):
                 continue
@@ -88,6 +90,12 @@ def _neighbours(placement: Placement) -> Iterator[Placement]:
     for number in sorted({1, 2, 3, per_rank}):
         if number <= per_rank:
             yield replace(placement, num_weight_buffers=number, num_gradient_buffers=number)
+
+
+def _regrouped(problem: Problem, placement: Placement) -> Iterator[Placement]:
+    """With the state divided among other replicas."""
+    for size in partition_group_sizes(problem, placement.grid) if placement.partition else ():
+        yield replace(placement, partition_group_size=size)
 
 
 def _merged(placement: Placement, stage: int) -> Placement:

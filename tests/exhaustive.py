@@ -63,7 +63,8 @@ def random_problem(
     wanted: dict[str, int | bool | str] = {}
     if grouped:
         problem = _on_hosts(problem, generator)
-        wanted["partition_within"] = generator.choice(["host", 2])
+        within = generator.choice(["host", 2, None])
+        wanted |= {} if within is None else {"partition_within": within}
         wanted["partition"] = generator.choice([1, 2, 3])
         wanted["num_replicas"] = 4
     names = [name for name in DEMANDS if not (assigned and name in STAGES) and name not in wanted]
@@ -184,10 +185,12 @@ def placements(
 
 
 def _in_groups(problem: Problem, placement: Placement) -> Iterator[Placement]:
-    """The placement with the largest groups that are demanded; none where there are none."""
+    """The placement with the largest groups that are demanded; none where there are none. Where
+    nothing is demanded, with all replicas as one group, and with those inside hosts."""
     within, replicas = problem.constraints.partition_within, placement.num_replicas
     if within is None or not placement.partition:
         yield placement
+    if not placement.partition:
         return
     ends = list(itertools.accumulate(host.num_devices for host in problem.cluster.hosts))
     rows = [
@@ -200,9 +203,10 @@ def _in_groups(problem: Problem, placement: Placement) -> Iterator[Placement]:
     for size in range(replicas, 1, -1):
         groups = [row[first : first + size] for row in rows for first in range(0, replicas, size)]
         inside = all(len(set(group)) == 1 for group in groups)
-        if replicas % size == 0 and (inside if within == "host" else size == within):
+        if replicas % size == 0 and (size == within if isinstance(within, int) else inside):
             group_size = size if size < replicas else 0
-            yield dataclasses.replace(placement, partition_group_size=group_size)
+            if group_size or within is not None:
+                yield dataclasses.replace(placement, partition_group_size=group_size)
             return
 
 

@@ -1,6 +1,7 @@
 """State partitioned inside groups of replicas, and whole in every group."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from oracle import judge
 from plan_changes import broken_rules
 from planned import Chain, assert_same, model_of, plan_of, square, traced, vectors
 from stepping import batches, on_every_rank
-from synthetic import chain_cluster, chain_plan
+from synthetic import chain_cluster, chain_graph, chain_plan, chain_profile
 from test_memory_run import assert_bounded
 from test_memory_run import plan as plan_with_updates
 from torch import Tensor, nn
@@ -19,12 +20,14 @@ from training import train_by_plan
 from planner.check import check
 from planner.errors import PlanFileError, UsageError
 from planner.layouts import Grid, Layout
+from planner.lower import lower
 from planner.plan.file import parse_plan, print_plan
 from planner.plan.types import Opcode, Plan, PlanOptions
 from planner.precision import Precision
 from planner.schedules import Schedule
 from planner.simulate import simulate
 from planner.simulate.memory import resident_memory
+from planner.solve import Constraints, Placement, Problem, Simulated, solve
 from runtime.checkpoint.rank import parts_of
 from runtime.executor import Executor
 
@@ -172,6 +175,40 @@ def test_groups_share_what_leaves_their_hosts() -> None:
         for one in (cluster, replace(cluster, hosts=hosts))
     )
     assert shared == pytest.approx(2 * free, rel=1e-3)
+
+
+def test_the_solver_gathers_inside_hosts_where_memory_allows() -> None:
+    """Nothing is demanded of groups. Halves of the state take more memory than quarters."""
+    cluster = chain_cluster(4, bandwidth=1e3, devices_per_host=2, network_bandwidth=100.0)
+    made = partial(chain_graph, 4, num_elements=100)
+    problem = Problem(
+        graph_at=lambda count: made(micro_batch_size=count),
+        profile_at=lambda count: chain_profile(made(micro_batch_size=count)),
+        cluster=cluster,
+        num_devices=4,
+        global_batch_size=8,
+        constraints=Constraints(
+            num_replicas=4, stages_per_rank=4, num_buffers=1, partition=3, recompute=False
+        ),
+    )
+
+    def simulated(placement: Placement) -> Simulated:
+        size = placement.micro_batch_size
+        graph, profile = problem.graph_at(size), problem.profile_at(size)
+        found = simulate(lower(graph, profile, cluster, placement, PlanOptions()))
+        return Simulated(step_seconds=found.step_seconds, peak_bytes=found.peak_bytes)
+
+    free = solve(problem, simulated)
+    assert free.placement.partition_group_size == 2
+    assert free.bound_seconds <= free.step_seconds
+    every = replace(problem.constraints, partition_within=4)
+    whole = solve(replace(problem, constraints=every), simulated)
+    assert whole.placement.partition_group_size == 0
+    assert whole.step_seconds > free.step_seconds
+    limit = max(simulated(whole.placement).peak_bytes)
+    assert max(simulated(free.placement).peak_bytes) > limit
+    tight = solve(replace(problem, memory_limit_bytes=limit), simulated)
+    assert tight.placement.partition_group_size == 0
 
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -32,7 +32,7 @@ def test_optimum_of_small_problems(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_optimum_of_small_problems_in_groups(seed: int) -> None:
-    small = random_problem(seed, max_placements=60, grouped=True)
+    small = random_problem(seed, max_placements=300, grouped=True)
     assert {placement.partition_group_size for placement in small.simulated} <= {0, 2}
     check(small)
 

@@ -149,7 +149,7 @@ _PLACEMENT = (
         "--partition-within",
         type=_Within(),
         help="Divide it among the replicas of a host, or so many, and keep all of it in every such "
-        "group  [default: among all replicas]",
+        "group  [default: among all replicas or those of a host]",
     ),
     click.option(
         "--recompute/--no-recompute",

@@ -11,7 +11,7 @@ from planner.explain.order_model import OrderModel
 from planner.schedules import Schedule
 from planner.solve import Problem
 from planner.solve.choices import Choice
-from planner.solve.groups import partition_group_size
+from planner.solve.groups import partition_group_sizes
 from planner.solve.types import Split
 
 __all__ = ["Candidate", "Kind", "Mesh", "candidates_of", "hybrid_group_sizes"]
@@ -82,9 +82,9 @@ def _levels(choice: Choice, problem: Problem) -> Iterator[tuple[int, int]]:
     """Of partition, with the size of its groups; state whose weights stay whole is gathered once,
     whatever the order."""
     yield choice.partition, choice.partition_group_size
-    size = partition_group_size(problem, choice.grid)
-    if problem.constraints.partition is None and size != 1:
-        yield 2, size
+    sizes = partition_group_sizes(problem, choice.grid)
+    if problem.constraints.partition is None and sizes:
+        yield 2, sizes[0]
 
 
 def _group_sizes(schedule: Schedule, choice: Choice) -> tuple[int, ...]:

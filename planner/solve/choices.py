@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from planner.errors import UsageError
 from planner.layouts import Grid, Layout
 from planner.partitions import partition_text
-from planner.solve.groups import partition_group_size
+from planner.solve.groups import partition_group_sizes
 from planner.solve.problem import Constraints, Problem
 from planner.solve.types import Split
 from planner.words import counted
@@ -295,10 +295,10 @@ def _choices_of_mesh(
     (replicas, ranks), wanted = mesh, problem.constraints
     stages = stage_counts(wanted, ranks, num_layers)
     grid = Grid(num_replicas=replicas, num_pipeline_ranks=ranks)
-    group_size = partition_group_size(problem, grid)
-    partitions = [0, 3] if group_size != 1 else [0]
+    group_sizes = partition_group_sizes(problem, grid)
+    partitions = [0, 3] if group_sizes else [0]
     if wanted.partition is not None:
-        partitions = [wanted.partition] if group_size != 1 or not wanted.partition else []
+        partitions = [wanted.partition] if group_sizes or not wanted.partition else []
     recomputes = [False, True] if wanted.recompute is None else [wanted.recompute]
     for (size, count), stages_per_rank, partition, recompute in itertools.product(
         _batchings(problem, replicas, ranks), stages, partitions, recomputes
@@ -315,5 +315,5 @@ def _choices_of_mesh(
                 offload_state=wanted.offload_state or False,
                 offload_inputs=wanted.offload_inputs or False,
                 num_buffers=wanted.num_buffers or 2,
-                partition_group_size=group_size if partition else 0,
+                partition_group_size=group_sizes[0] if partition else 0,
             )

@@ -100,8 +100,10 @@ def _orders(problem: Problem, placement: Placement) -> tuple[Order, ...]:
 
 def _as_chosen(constraints: Constraints, placement: Placement) -> Constraints:
     """As the winner has them, but for what goes with a split: stages, recomputing, offload."""
+    within = constraints.partition_within
     return replace(
         constraints,
+        partition_within=placement.num_parts if placement.partition and not within else within,
         num_replicas=placement.num_replicas,
         num_pipeline_ranks=placement.num_pipeline_ranks,
         micro_batch_size=placement.micro_batch_size,

@@ -29,7 +29,7 @@ class Constraints:
     """0 to 3."""
     partition_within: int | Literal["host"] | None = None
     """Replicas of a pipeline rank that divide a partitioned state among them, as every other so
-    many do: a number of them, or those that share a host; None: all."""
+    many do: a number of them, or those that share a host; None: all, or those of a host."""
     recompute: bool | None = None
     """Of all stages, or of none."""
     offload_state: bool | None = None

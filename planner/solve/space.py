@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from planner.errors import UsageError
 from planner.layouts import Grid, Layout
 from planner.solve.choices import Choice, demands, divisors
-from planner.solve.groups import partition_group_size
+from planner.solve.groups import partition_group_sizes
 from planner.solve.problem import Problem
 
 __all__ = ["Batching", "Options", "all_options", "batchings", "choice_of", "layouts"]
@@ -77,11 +77,12 @@ def _may_partition(problem: Problem, replicas: int, ranks: int) -> bool:
 def _group_sizes(problem: Problem, replicas: int, ranks: int) -> list[int]:
     """Of the groups that may divide the state: largest first, 0 for all replicas."""
     sizes = {
-        partition_group_size(
+        size
+        for layout in _layouts(problem, replicas, ranks)
+        for size in partition_group_sizes(
             problem, Grid(num_replicas=replicas, num_pipeline_ranks=ranks, layout=layout)
         )
-        for layout in _layouts(problem, replicas, ranks)
-    } - {1}
+    }
     return sorted(sizes, key=lambda size: -(size or replicas))
 
 
@@ -140,7 +141,7 @@ def layouts(problem: Problem, batching: Batching, options: Options) -> list[Layo
         Grid(num_replicas=replicas, num_pipeline_ranks=ranks, layout=layout) for layout in found
     ]
     wanted = options.partition_group_size
-    return [grid.layout for grid in grids if partition_group_size(problem, grid) == wanted]
+    return [grid.layout for grid in grids if wanted in partition_group_sizes(problem, grid)]
 
 
 def _layouts(problem: Problem, replicas: int, ranks: int) -> list[Layout]:
