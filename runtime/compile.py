@@ -107,7 +107,7 @@ class Compiler:
             function: a layer or the loss.
             name: of it, for messages.
         """
-        key: object = function
+        key: object = id(function)
         if isinstance(function, torch.nn.Module):
             places = (self._places.get(id(p), 0) for p in function.parameters())
             key = type(function), tuple(place % _ALIGNMENT_BYTES for place in places)

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,16 +36,11 @@ class Heartbeat:
         self._rank = world_rank
         self._limit_seconds = plan.options.heartbeat_seconds
         self._beat_seconds = min(1.0, self._limit_seconds / 5)
-        # A connection of its own: a store's client is blocked while another thread waits in it.
-        client = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=self._limit_seconds),
-            wait_for_workers=False,
-        )
+        client = _own_client(self._limit_seconds)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"lga_heartbeat/{attempt}", client)  # type: ignore[attr-defined]
+        # The store may outlive this session: every rank counts those that it has had.
+        session = client.add(f"lga_sessions/{attempt}/{world_rank}", 1)
+        self._store = dist.PrefixStore(f"lga_heartbeat/{attempt}/{session}", client)  # type: ignore[attr-defined]
         self._ends = threading.Event()
         self._failure: FailureReport | None = None
         self._counters: dict[int, int] = {}
@@ -142,7 +138,8 @@ class Heartbeat:
             return  # rank 0 ends its store only when all are done
         owner = "the launcher" if owned_by_launcher else rank_name(0, self._plan.grid)
         os.environ.pop(LAUNCHED_BY_LGA_RUN, None)  # nobody else is left to say it
-        self._end(f"{owner} died: the job's store at {os.environ['MASTER_ADDR']} is gone")
+        place = os.environ.get("MASTER_ADDR", "the address that all ranks were given")
+        self._end(f"{owner} died: the job's store at {place} is gone")
 
     def _end(self, verdict: str) -> None:
         here = rank_name(self._rank, self._plan.grid)
@@ -154,3 +151,17 @@ class Heartbeat:
                 exit_code=1,
             )
         )
+
+
+def _own_client(limit_seconds: float) -> Any:
+    """The job's store, over a connection of its own where stores have connections: one is blocked
+    while another thread waits in it."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    innermost = store
+    while isinstance(innermost, dist.PrefixStore):  # type: ignore[attr-defined]
+        innermost = innermost.underlying_store
+    if not isinstance(innermost, dist.TCPStore):  # type: ignore[attr-defined]
+        return store
+    client = store.clone()
+    client.set_timeout(timedelta(seconds=limit_seconds))
+    return client

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 from planner.errors import DeadlineError, PeerLostError
 from planner.plan.types import Plan
@@ -22,17 +23,20 @@ def distributed_session(
 ) -> Iterator[tuple[DistributedTransport, int]]:
     """Yields this rank's transport and world rank. All ranks leave the block together.
 
+    A default process group that is there already is used, and stays.
+
     An error inside is told to the other ranks, which end, and raised again. Where it followed
     from the loss of another rank, the process ends here with that rank's name, if one is found.
 
     Raises:
         UsageError: see `runtime.transfer.initialise`.
     """
+    joins_job = not dist.is_initialized()
     world_rank = initialise(plan)
     heartbeat = Heartbeat(plan, world_rank)
     heartbeat.start()
     try:
-        transport = DistributedTransport(plan, world_rank, device)
+        transport = DistributedTransport(plan, world_rank, device, leaves_job=joins_job)
         yield transport, world_rank
         heartbeat.stop()
         transport.close()
@@ -49,8 +53,8 @@ def distributed_session(
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process as one of several ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether this process was started, or has made itself, one of several ranks."""
+    return dist.is_initialized() or ("RANK" in os.environ and "WORLD_SIZE" in os.environ)
 
 
 def device_of(plan: Plan) -> torch.device:

@@ -34,13 +34,18 @@ _WATCHDOG_DEADLINES = 2
 
 
 def initialise(plan: Plan) -> int:
-    """Join the job that the environment describes; returns this process's world rank.
+    """Join the job that the environment describes, or that the caller has joined already; returns
+    this process's world rank.
 
     Raises:
         UsageError: not started by a launcher, another number of processes than the plan has
-            ranks, or the plan's backend is not available here.
+            ranks, the plan's backend is not available here, or the job that was joined already is
+            of another backend or gives this process another rank than the launcher.
         RunError: the other processes did not appear within the plan's deadline.
     """
+    if dist.is_initialized():
+        _check_joined(plan)
+        return dist.get_rank()
     try:
         world_rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
@@ -48,12 +53,7 @@ def initialise(plan: Plan) -> int:
             "this process was not started by a launcher: RANK and WORLD_SIZE are not set",
             hint="start it with lga-run, or with torchrun -m runtime",
         ) from None
-    if world_size != plan.world_size:
-        raise UsageError(
-            f"the launcher started {world_size} processes, but the plan needs {plan.world_size} "
-            f"({plan.num_pipeline_ranks} pipeline ranks x {plan.num_replicas} replicas)",
-            hint=f"start {plan.world_size} processes, or plan again for {world_size} devices",
-        )
+    _check_world_size(plan, world_size)
     if not dist.is_backend_available(plan.backend):
         raise UsageError(
             f"the plan was made for the backend {plan.backend!r}, which this torch does not have",
@@ -72,22 +72,62 @@ def initialise(plan: Plan) -> int:
     return world_rank
 
 
+def _check_world_size(plan: Plan, world_size: int) -> None:
+    if world_size != plan.world_size:
+        raise UsageError(
+            f"the launcher started {world_size} processes, but the plan needs {plan.world_size} "
+            f"({plan.num_pipeline_ranks} pipeline ranks x {plan.num_replicas} replicas)",
+            hint=f"start {plan.world_size} processes, or plan again for {world_size} devices",
+        )
+
+
+def _check_joined(plan: Plan) -> None:
+    """Whether the process group that the caller has set up is one for the plan."""
+    _check_world_size(plan, dist.get_world_size())
+    rank, launched_as = dist.get_rank(), os.environ.get("RANK", "")
+    if launched_as not in ("", str(rank)):
+        raise UsageError(
+            f"this process is rank {rank} of the process group that is set up already, and was "
+            f"launched as rank {launched_as}",
+            hint="init_process_group() takes rank and world size from the launcher by itself",
+        )
+    device = "cuda" if plan.backend == "nccl" else "cpu"
+    backends = dist.get_backend_config()
+    if f"{device}:{plan.backend}" not in backends.split(","):
+        raise UsageError(
+            f"the process group that is set up already has the backends {backends}, and the plan "
+            f"is for {plan.backend!r} on {device!r}",
+            hint=f"init_process_group({plan.backend!r}), or plan for the devices that are used",
+        )
+
+
 class DistributedTransport(ExchangeTransport):
-    """Messages over torch.distributed, which `initialise` has set up.
+    """Messages over torch.distributed, which `initialise` has set up, or who calls.
 
     Every channel has a process group of its own, so that no transfer, and no direction of a
     pair, ever waits behind another, and so that two collectives cannot be confused.
     """
 
-    def __init__(self, plan: Plan, world_rank: int, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, world_rank: int, device: torch.device, *, leaves_job: bool = True
+    ) -> None:
+        """
+        Args:
+            plan: whose transfers these are.
+            world_rank: of this process.
+            device: where tensors are.
+            leaves_job: `close` ends all of torch.distributed here, not only what this has made.
+        """
         super().__init__(plan.grid, world_rank)
         self._plan = plan
         self._device = device
+        self._leaves_job = leaves_job
         self._library = plan.backend == "nccl"
         self._wires: dict[Channel, GroupWire] = {}
         for channel in _channels(plan):  # every rank must help to make every group
             group = dist.new_group(
                 sorted(channel.members),
+                backend=plan.backend,
                 timeout=_timeout(plan),
                 pg_options=_priority(plan) if self._library else None,
                 device_id=device if self._library else None,
@@ -153,15 +193,17 @@ class DistributedTransport(ExchangeTransport):
         return self._sum(Channel("world", self._world), tensor, what)
 
     def close(self) -> None:
-        """Leave the job. May be called again.
+        """Leave the job, or what was made in it. May be called again.
 
         After a failure something is still under way, and taking its group down would wait for
         it: the end of the process does it then.
         """
         super().close()
         if dist.is_initialized() and not any(w.num_pending for w in self._wires.values()):
-            with suppress(RuntimeError):
-                dist.destroy_process_group()
+            groups = [wire.group for wire in self._wires.values()]
+            for group in [None] if self._leaves_job else groups:
+                with suppress(RuntimeError, ValueError):  # of a group that is gone already
+                    dist.destroy_process_group(group)
 
     def _reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
         """By the library, inside the partition group."""
