@@ -11,7 +11,10 @@ exist only where a stage needs them. (DeepSpeed calls the levels ZeRO stages.) T
 levels. It does not know sizes.
 """
 
-__all__ = ["LEVELS", "divides_gradients", "gathers_for_passes", "gathers_updates", "offloaded"]
+__all__ = [
+    "LEVELS", "divides_gradients", "gathers_for_passes", "gathers_updates", "offloaded",
+    "updates_on_host",
+]  # fmt: skip
 
 LEVELS = (0, 1, 2, 3)
 
@@ -40,3 +43,8 @@ def offloaded(partition: int, *, offload_state: bool) -> tuple[str, ...]:
     if not offload_state:
         return ()
     return ("moments",) if gathers_updates(partition) else ("shard", "moments")
+
+
+def updates_on_host(partition: int, *, offload_state: bool) -> bool:
+    """Whether the host has all of the state that an update changes, and can do it there."""
+    return offloaded(partition, offload_state=offload_state) == ("shard", "moments")
