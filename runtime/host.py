@@ -1,6 +1,7 @@
 """Buffers in host memory: state and stored inputs that are offloaded, and the checkpoint.
 
-A copy is made anew each time, so a copy once handed out never changes. On a GPU host memory is
+A copy is made anew each time, so a copy once handed out never changes, but for state that is
+updated where it is (`take`, `put`). On a GPU host memory is
 pinned, and copies run beside compute, on a stream for each direction. On the CPU they are plain
 tensors, kept apart so that a memory measurement can tell them from the device's. With a folder they
 are in files there (`runtime.mapped`), and not pinned.
@@ -58,6 +59,8 @@ class HostMemory:
         self._files = None if folder is None else MappedFolder(folder)
         self._values: dict[str, Any] = {}
         self._checkpoint = Checkpoint(num_steps=0, shards={}, moments={})
+        self._copying: dict[str, _Copying] = {}
+        """The last copy to or from each buffer."""
         self._streams: dict[str, torch.cuda.Stream] = {}
         if device.type == "cuda":
             self._streams = {way: torch.cuda.Stream(device) for way in ("in", "out")}
@@ -67,7 +70,8 @@ class HostMemory:
 
         The tensors may be let go at once, but not changed before `wait` of the result returns.
         """
-        return self._beside("out", lambda: self._keep(name, value))
+        copying = self._copying[name] = self._beside("out", lambda: self._keep(name, value))
+        return copying
 
     def fetch(self, name: str) -> tuple[Any, Pending]:
         """A copy on the device of what a host: buffer holds, to be used after `wait`."""
@@ -80,7 +84,23 @@ class HostMemory:
             return room
 
         value = _over(_Copy, room_for, self._values[name])
-        return value, self._beside("in", lambda: self._fill(pairs))
+        copying = self._copying[name] = self._beside("in", lambda: self._fill(pairs))
+        return value, copying
+
+    def take(self, name: str) -> tuple[Any, Callable[[], None]]:
+        """What a host: buffer holds, to be read and changed by the caller alone, once the function
+        has returned: it waits for copies of it. The buffer holds nothing until `put`."""
+        value = _over(_Copy, lambda copy: copy.tensor, self._values.pop(name))
+        copying = self._copying.pop(name, None)
+        return value, (lambda: None) if copying is None else copying.settle
+
+    def put(self, name: str, value: Any) -> None:
+        """`name` = these tensors of host memory; copies, where they belong in files and are not."""
+        self._values[name] = _over(Tensor, self._placed, value)
+
+    def renewed(self, value: Any) -> Any:
+        """Copies of what was taken, for a checkpoint to keep that."""
+        return _over(Tensor, lambda tensor: self._room(tensor).copy_(tensor), value)
 
     def values(self, name: str) -> Any:
         """What a host: buffer holds, in host memory: to be read, not to be changed."""
@@ -123,16 +143,22 @@ class HostMemory:
 
     def _copied(self, tensor: Tensor) -> _Copy:
         with _disable_current_modes():
-            shape, dtype = tuple(tensor.shape), tensor.dtype
-            strides, pin = dense_stride(shape, tensor.stride()), tensor.is_cuda
-            if self._files is None:
-                host = torch.empty_strided(shape, strides, dtype=dtype, pin_memory=pin)
-            else:
-                host = self._files.empty_strided(shape, strides, dtype)
-            host.copy_(tensor.detach(), non_blocking=True)
+            host = self._room(tensor).copy_(tensor.detach(), non_blocking=True)
         if "out" in self._streams and tensor.is_cuda:
             tensor.record_stream(self._streams["out"])
         return _Copy(host, tensor.device)
+
+    def _room(self, tensor: Tensor) -> Tensor:
+        shape, dtype = tuple(tensor.shape), tensor.dtype
+        strides = dense_stride(shape, tensor.stride())
+        if self._files is not None:
+            return self._files.empty_strided(shape, strides, dtype)
+        pin = self._device.type == "cuda"
+        return torch.empty_strided(shape, strides, dtype=dtype, pin_memory=pin)
+
+    def _placed(self, tensor: Tensor) -> _Copy:
+        is_apart = self._files is not None and not self._files.holds(tensor)
+        return _Copy(self._room(tensor).copy_(tensor) if is_apart else tensor, self._device)
 
     def _fill(self, pairs: list[tuple[_Copy, Tensor]]) -> None:
         for copy, room in pairs:
@@ -140,7 +166,7 @@ class HostMemory:
             if "in" in self._streams and room.is_cuda:
                 room.record_stream(self._streams["in"])
 
-    def _beside(self, way: str, action: Callable[[], None]) -> Pending:
+    def _beside(self, way: str, action: Callable[[], None]) -> "_Copying":
         """Run it on the stream of a direction, behind what the device has been given so far."""
         if way not in self._streams:
             action()
@@ -163,6 +189,11 @@ class _Copying:
         """Whatever the device is given from now on comes after the copy."""
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def settle(self) -> None:
+        """Block until it is over."""
+        if self._event is not None:
+            self._event.synchronize()
 
 
 def _over(kind: type, function: Callable[[Any], Any], value: Any) -> Any:

@@ -58,6 +58,10 @@ class MappedFolder:
                 hint="a disk with more room, or offload less",
             ) from None
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor is where one like it would be put."""
+        return tensor.nbytes < LEAST_BYTES or tensor.untyped_storage().filename is not None
+
     def _room(self, size: int, dtype: torch.dtype) -> Tensor:
         with NamedTemporaryFile(dir=self._folder, prefix="lga-") as file:
             # Without it a full disk would kill the process, at the first write to a missing page.

@@ -16,6 +16,7 @@ from planner.schedules import Schedule
 from runtime.buffers import Buffers, Sends
 from runtime.code import LossFunction
 from runtime.host import HostMemory
+from runtime.host_updates import HostUpdates, check_optimizer
 from runtime.loss_scale import LossScale
 from runtime.loss_weights import LossWeights
 from runtime.optimize import BuildOptimizer, BuildScheduler, UnitOptimizer
@@ -75,6 +76,10 @@ class RankState:
             for name, state in self.units.items()
             if state.unit.trainable
         }
+        self.host_updates = HostUpdates(plan.options.deadline_seconds)
+        if plan.options.update_on_host:
+            for optimizer in self.optimizers.values():
+                check_optimizer(optimizer)
         programs = (self.training, self.evaluation)
         check_table(plan, self.rank, self.units, programs)
         self._forget_others(model)
