@@ -278,6 +278,8 @@ def _choices_of_mesh(
     partitions = [0, 3] if replicas > 1 else [0]
     if wanted.partition is not None:
         partitions = [wanted.partition] if replicas > 1 or not wanted.partition else []
+    if wanted.update_on_host:
+        partitions = [p for p in partitions if wanted.allows(p, offload_state=True)]
     recomputes = [False, True] if wanted.recompute is None else [wanted.recompute]
     for (size, count), stages_per_rank, partition, recompute in itertools.product(
         _batchings(problem, replicas, ranks), stages, partitions, recomputes
@@ -291,7 +293,7 @@ def _choices_of_mesh(
                 num_micro_batches=count,
                 partition=partition,
                 recompute=recompute,
-                offload_state=wanted.offload_state or False,
+                offload_state=wanted.offload_state or wanted.update_on_host or False,
                 offload_inputs=wanted.offload_inputs or False,
                 num_buffers=wanted.num_buffers or 2,
             )

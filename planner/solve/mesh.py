@@ -28,6 +28,8 @@ class RankKind:
     """The kinds of device among them."""
     group_link: Link
     """The slowest link between them."""
+    updaters: tuple[Device, ...] = ()
+    """What updates their state: themselves, or their hosts."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,10 +61,13 @@ class Ground:
 
     cluster: Cluster
     memory_limit_bytes: int | None
+    updates_on_host: bool = False
     _hosts: _Ints = field(init=False)
     """By world rank."""
     _kinds: _Ints = field(init=False)
     """Kind of device by host: the first host that has it."""
+    _updaters: _Ints = field(init=False)
+    """The first host that updates as fast, by host; the device's kind where that updates."""
     _limits: _Ints = field(init=False)
     """Bytes by host."""
 
@@ -73,6 +78,11 @@ class Ground:
         self._kinds = np.array(
             [firsts.setdefault(id(host.device), index) for index, host in enumerate(hosts)]
         )
+        self._updaters = self._kinds
+        if self.updates_on_host:
+            rates: dict[tuple[float, float], int] = {}
+            keys = [(h.updater.memory_bandwidth, h.updater.kernel_overhead_seconds) for h in hosts]
+            self._updaters = np.array([rates.setdefault(key, i) for i, key in enumerate(keys)])
         self._limits = np.array(
             [
                 host.device.usable_bytes
@@ -84,7 +94,11 @@ class Ground:
 
     @classmethod
     def of(cls, problem: Problem) -> "Ground":
-        return cls(cluster=problem.cluster, memory_limit_bytes=problem.memory_limit_bytes)
+        return cls(
+            cluster=problem.cluster,
+            memory_limit_bytes=problem.memory_limit_bytes,
+            updates_on_host=problem.updates_on_host,
+        )
 
     def mesh(self, replicas: int, ranks: int, layout: Layout) -> Mesh:
         """Where the layout puts every replica of every rank."""
@@ -99,13 +113,15 @@ class Ground:
             devices = tuple(np.unique(self._kinds[used]).tolist())
             limits.append(int(self._limits[used].min()))
             link = self._group_link(members, used)
-            key = (devices, link)
+            updaters = tuple(np.unique(self._updaters[used]).tolist())
+            key = (devices, link, updaters)
             if key not in kinds:
                 kinds[key] = len(found)
                 found.append(
                     RankKind(
                         devices=tuple(self.cluster.hosts[index].device for index in devices),
                         group_link=link,
+                        updaters=tuple(map(self._updater, updaters)),
                     )
                 )
             rank_kinds.append(kinds[key])
@@ -117,6 +133,10 @@ class Ground:
             limit_bytes=tuple(limits),
             collectives=self.cluster.collectives,
         )
+
+    def _updater(self, index: int) -> Device:
+        host = self.cluster.hosts[index]
+        return host.updater if self.updates_on_host else host.device
 
     def _group_link(self, members: _Ints, hosts: _Ints) -> Link:
         """Between the members of a group, each of which sends to the next one."""

@@ -70,7 +70,7 @@ def _batches(problem: Problem) -> Iterator[tuple[int, int, int]]:
     for replicas in divisors(problem.global_batch_size):
         if replicas > problem.num_devices or wanted.num_replicas not in (None, replicas):
             continue
-        if wanted.partition and replicas == 1:
+        if (wanted.partition and replicas == 1) or not all_options(replicas, wanted):
             continue
         per_replica = problem.global_batch_size // replicas
         for size in divisors(per_replica):
@@ -96,9 +96,7 @@ def all_options(num_replicas: int, wanted: Constraints) -> list[Options]:
     return [
         Options(partition=partition, offload_state=state, offload_inputs=inputs)
         for state, inputs, partition in itertools.product((False, True), (False, True), partitions)
-        if wanted.partition in (None, partition)
-        and wanted.offload_state in (None, state)
-        and wanted.offload_inputs in (None, inputs)
+        if wanted.allows(partition, offload_state=state) and wanted.offload_inputs in (None, inputs)
     ]
 
 
