@@ -17,7 +17,7 @@ levels. It does not know sizes, nor who is in a group.
 
 __all__ = [
     "LEVELS", "divides_gradients", "gathers_for_passes", "gathers_updates", "offloaded",
-    "partition_text",
+    "partition_text", "updates_on_host",
 ]  # fmt: skip
 
 LEVELS = (0, 1, 2, 3)
@@ -52,3 +52,8 @@ def offloaded(partition: int, *, offload_state: bool) -> tuple[str, ...]:
 def partition_text(partition: int, group_size: int) -> str:
     """`3`, or `3 within 8` where groups of so many replicas each have all of the state."""
     return f"{partition} within {group_size}" if partition and group_size else str(partition)
+
+
+def updates_on_host(partition: int, *, offload_state: bool) -> bool:
+    """Whether the host has all of the state that an update changes, and can do it there."""
+    return offloaded(partition, offload_state=offload_state) == ("shard", "moments")

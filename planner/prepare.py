@@ -19,11 +19,12 @@ from planner.measure import measure
 from planner.measure.measured import MeasuredModel
 from planner.measure.optimizer import optimizer_slots
 from planner.model_file import ModelFile
+from planner.partitions import gathers_updates
 from planner.plan.types import Plan, PlanOptions
 from planner.precision import Precision, with_masters
 from planner.profile import Profile
 from planner.schedule import Order
-from planner.schedules import OrderSearch
+from planner.schedules import OrderSearch, Schedule
 from planner.simulate import Simulation, simulate
 from planner.solve import Constraints, Placement, Problem
 from planner.trace import TracedModel, patterns_of, same_graph, trace
@@ -111,6 +112,7 @@ def prepare(
     clip_delayed: bool = False,
     check_finite: bool = False,
     save: bool = False,
+    update_on_host: bool = False,
     precision: Precision = Precision.MODEL,
     keep_float32: Sequence[str] = (),
     time_limit_seconds: float = 20.0,
@@ -124,16 +126,20 @@ def prepare(
     With `clip_norm` (largest norm of the whole model's gradient) or `check_finite` (skip the update
     of a step with a gradient that is not finite) all updates stand at the end of the step, unless
     `clip_delayed` scales by the norm of the step before. With `save` every step leaves a complete
-    checkpoint in host memory (`Executor.checkpoint`). A mixed `precision` computes in its type and
+    checkpoint in host memory (`Executor.checkpoint`). With `update_on_host` the optimizer steps on
+    the host, on a state that stays there: it asks for offload of the state, with partition 0 or 3.
+    A mixed `precision` computes in its type and
     keeps float32 masters, but for modules of parameters that patterns say to keep, here or in the
     model file; float16 scales the loss, so it implies `check_finite`.
 
     Raises:
-        UsageError: the profile was measured of another model or device, or in another precision, or
-            a figure is impossible.
+        UsageError: the profile was measured of another model or device, or in another precision, a
+            figure is impossible, or demands contradict each other.
         ModelFileError, TraceError: the model cannot be built or traced into layers.
     """
     constraints, started = constraints or Constraints(), time.monotonic()
+    if update_on_host:
+        constraints = _with_updates_on_host(constraints)
     patterns = patterns_of(model_file, precision, keep_float32)
     if measured is not None:
         _check_precision(measured, precision, patterns)
@@ -144,6 +150,7 @@ def prepare(
             clip_delayed=clip_delayed,
             check_finite=check_finite or precision is Precision.FLOAT16,
             save=save,
+            update_on_host=update_on_host,
             precision=precision,
             keep_float32=patterns,
         )
@@ -257,6 +264,34 @@ def _with_optimizer(options: PlanOptions, model_file: ModelFile, cluster: Cluste
         update_slots_of_previous=slots.of_previous,
         update_slots_of_all=slots.of_all,
     )
+
+
+def _with_updates_on_host(wanted: Constraints) -> Constraints:
+    """The demands, with that of a state that lives where it is updated.
+
+    Raises:
+        UsageError: the state is demanded elsewhere.
+    """
+    for contradicts, what, hint in (
+        (wanted.offload_state is False, "no offload of the state", "leave out --no-offload-state"),
+        (
+            gathers_updates(wanted.partition or 0),
+            f"partition {wanted.partition}, whose weights stay on the device",
+            "--partition 0 or 3",
+        ),
+        (
+            wanted.schedule not in (None, Schedule.LAYERED),
+            f"the schedule {wanted.schedule}, for which offload is not planned",
+            "the layered schedule",
+        ),
+    ):
+        if contradicts:
+            raise UsageError(
+                f"updates on the host need shards and optimizer state there, but {what} is "
+                "demanded as well",
+                hint=f"{hint}, or --update-on device",
+            )
+    return replace(wanted, offload_state=True, update_on_host=True)
 
 
 def _checked(options: PlanOptions) -> PlanOptions:

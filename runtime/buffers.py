@@ -26,7 +26,8 @@ class Buffers(dict[str, Any]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._writing: dict[str, Pending] = {}
+        self._writing: dict[str, tuple[Pending, tuple[str, ...]]] = {}
+        """With the buffers that it reads."""
         self._reading: dict[str, list[Pending]] = {}
 
     def drop(self, names: Iterable[str]) -> None:
@@ -39,33 +40,43 @@ class Buffers(dict[str, Any]):
         for name in instruction.reads:
             self._reading.setdefault(name, []).append(pending)
         for name in instruction.writes:
-            self._writing[name] = pending
+            self._writing[name] = pending, instruction.reads
 
     def arriving(self, names: Iterable[str]) -> Iterator[Pending]:
         """What still arrives in buffers."""
         for name in names:
             if name in self._writing:
-                yield self._writing[name]
+                yield self._writing[name][0]
 
     def settle(self, written: Iterable[str], read: Iterable[str]) -> None:
         """Wait for what still arrives in buffers of `written`, and leaves those of `read`."""
         for name in written:
-            pending = self._writing.pop(name, None)
-            if pending is not None:
+            if name in self._writing:
+                pending, sources = self._writing.pop(name)
                 pending.wait()
+                self._forget(pending, sources)
         for name in read:
             for pending in self._reading.pop(name, ()):
                 pending.wait()
 
     def finish(self) -> None:
         """Wait for whatever nothing waited for."""
-        for pending in self._writing.values():
+        for pending, _ in self._writing.values():
             pending.wait()
         for readers in self._reading.values():
             for pending in readers:
                 pending.wait()
         self._writing.clear()
         self._reading.clear()
+
+    def _forget(self, pending: Pending, sources: Iterable[str]) -> None:
+        """It is over, and what it read is not kept alive by it."""
+        for name in sources:
+            others = [other for other in self._reading.get(name, ()) if other is not pending]
+            if others:
+                self._reading[name] = others
+            else:
+                self._reading.pop(name, None)
 
 
 class Sends:

@@ -89,6 +89,16 @@ class CudaStreams:
     def behind(self, pending: Pending) -> None:
         pending.follow()
 
+    def blocking(self, pending: Pending) -> Action:
+        if not isinstance(pending, _Copying):  # it was over when it was started
+            return pending.wait
+
+        def block() -> None:
+            self._run_ahead.wait(pending.event)
+            pending.let_go()
+
+        return block
+
     def figure(self, tensor: Tensor) -> Figure:
         here = torch.empty((), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         here.copy_(tensor, non_blocking=True)
@@ -168,16 +178,20 @@ class _Copying:
     """Copies under way on a stream of their own."""
 
     def __init__(self, streams: CudaStreams, event: Any, held: Sequence[Tensor]) -> None:
-        self._streams, self._event = streams, event
+        self._streams, self.event = streams, event
         self._held = held
 
     def wait(self) -> None:
         """Whatever the current stream is given from now on comes after the copies."""
         self.follow()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of what the copies used."""
         self._held = ()
 
     def follow(self) -> None:
-        self._streams.follow(self._event)
+        self._streams.follow(self.event)
 
 
 class CudaMoments:

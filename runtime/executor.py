@@ -249,9 +249,10 @@ class Executor(TrainingState):
         return moments
 
     def close(self) -> None:
-        """End the executor's thread. The transport is closed by whoever made it."""
+        """End the executor's threads. The transport is closed by whoever made it."""
         self._broken = "is closed"
         self._rank.sends.close()
+        self._rank.host_updates.close()
 
 
 def _lines(rank: RankState, program: Program) -> Iterator[_Line]:

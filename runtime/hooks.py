@@ -85,8 +85,9 @@ class Gradients:
         for state, gradient in self._units:
             flat = gradient
             if state.partitioned:
-                flat = gradient.new_empty(state.padded_length)
-                self._transport.gather(gradient, flat, f"gradient of {state.unit.name}").wait()
+                flat = gradient.new_empty(state.padded_length, device=state.device)
+                part = gradient.to(flat.device)
+                self._transport.gather(part, flat, f"gradient of {state.unit.name}").wait()
             views = state.views(flat)
             found |= {name: view.clone() for name, view in views if name in state.trainable}
         return found

@@ -1,9 +1,10 @@
 """Buffers in host memory: state and stored inputs that are offloaded, and the checkpoint.
 
 A copy takes the room of an earlier one that nobody needs; a checkpoint that was handed out never
-changes. On a GPU host memory is pinned, and copies run beside compute, on a stream for each
-direction. On the CPU they are plain tensors, kept apart so that a memory measurement can tell them
-from the device's. With a folder they are in files there (`runtime.mapped`), and not pinned.
+changes. State that is updated where it is changes hands (`take`, `put`). On a GPU host memory is
+pinned, and copies run beside compute, on a stream for each direction. On the CPU they are plain
+tensors, kept apart so that a memory measurement can tell them from the device's. With a folder they
+are in files there (`runtime.mapped`), and not pinned.
 This module knows values. It does not know when anything happens.
 """
 
@@ -22,10 +23,10 @@ from planner.plan.names import kind_of
 from runtime.loss_scale import LossScale
 from runtime.mapped import MappedFolder
 from runtime.rooms import HostCopy, Rooms, over_copies, over_tensors
-from runtime.streams import Streams
+from runtime.streams import OVER, Action, Streams
 from runtime.transport import Pending
 
-__all__ = ["Checkpoint", "HostMemory"]
+__all__ = ["Checkpoint", "HostMemory", "Taken"]
 
 Leaf = TypeVar("Leaf")
 
@@ -44,6 +45,18 @@ class Checkpoint:
     """Of the next step; None but in float16."""
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a host: buffer held, for one user alone."""
+
+    value: Any
+    """Tensors in host memory, or dicts and lists with them."""
+    copies: tuple[HostCopy, ...]
+    """Of these tensors."""
+    settle: Action
+    """Blocks until copies to it and from it are over; nothing may be read or changed before."""
+
+
 class HostMemory:
     """The host: buffers of one rank."""
 
@@ -57,6 +70,8 @@ class HostMemory:
         self._in_checkpoint: list[HostCopy] = []
         self._is_handed_out = False
         """Whether somebody has been given the checkpoint: then its room is theirs."""
+        self._copying: dict[str, Pending] = {}
+        """The last copy to or from each buffer."""
 
     def keep(self, name: str, value: Any) -> Pending:
         """`name` (a host: buffer) = a copy of tensors, or of dicts and lists with tensors in them.
@@ -67,7 +82,9 @@ class HostMemory:
         last = _leaves(HostCopy, self._values.pop(name, None))
         if not _share_memory(sources, last):  # else what is kept is partly what was kept
             self._free(last)  # so that there is one copy at a time
-        return self._streams.beside("out", lambda: self._keep(name, value), sources)
+        pending = self._streams.beside("out", lambda: self._keep(name, value), sources)
+        self._copying[name] = pending
+        return pending
 
     def fetch(self, name: str) -> tuple[Any, Pending]:
         """A copy on the device of what a host: buffer holds, to be used after `wait`."""
@@ -85,6 +102,7 @@ class HostMemory:
 
         value = over_copies(room_for, self._values[name])
         pending = self._streams.beside("in", fill, [room for _, room in pairs])
+        self._copying[name] = pending
         for copy, _ in pairs:
             copy.reader = pending
         return value, pending
@@ -103,6 +121,32 @@ class HostMemory:
 
         return rooms, self._streams.beside("in", fill, [*rooms, *staged])
 
+    def take(self, name: str) -> Taken:
+        """What a host: buffer holds, to be read and changed by the caller alone. The buffer holds
+        nothing until `put`."""
+        held, pending = self._values.pop(name), self._copying.pop(name, OVER)
+        copies = tuple(_leaves(HostCopy, held))
+        return Taken(over_copies(_tensor, held), copies, self._streams.blocking(pending))
+
+    def renewed(self, taken: Taken) -> Taken:
+        """Copies of what was taken, for a checkpoint to keep that. Blocks."""
+        again = {id(each.tensor): self._again(each.tensor, each.device) for each in taken.copies}
+        value = over_tensors(lambda tensor: again[id(tensor)].tensor, taken.value)
+        return Taken(value, tuple(again.values()), taken.settle)
+
+    def put(self, values: Mapping[str, Any], taken: Sequence[Taken]) -> None:
+        """Set host: buffers to tensors of host memory, most of which were taken; what else was
+        taken is needed no more."""
+        known = {id(copy.tensor): copy for each in taken for copy in each.copies}
+
+        def placed(tensor: Tensor) -> HostCopy:
+            copy = known.pop(id(tensor), None)
+            return self._again(tensor, tensor.device) if copy is None else copy
+
+        for name, value in values.items():
+            self._values[name] = over_tensors(placed, value)
+        self._free(list(known.values()))
+
     def values(self, name: str) -> Any:
         """What a host: buffer holds, in host memory: to be read, not to be changed."""
         self._streams.settle_copies()
@@ -110,6 +154,7 @@ class HostMemory:
 
     def drop(self, name: str) -> None:
         """Let go of what a host: buffer holds, if anything."""
+        self._copying.pop(name, None)
         self._free(_leaves(HostCopy, self._values.pop(name, None)))
 
     def complete(self, num_steps: int, loss_scale: LossScale | None = None) -> None:
@@ -151,6 +196,13 @@ class HostMemory:
                 self._streams.behind(copy.reader)
             copy.tensor.copy_(tensor.detach(), non_blocking=True)
         return HostCopy(copy.tensor, tensor.device)
+
+    def _again(self, tensor: Tensor, device: torch.device) -> HostCopy:
+        """A copy of a tensor of host memory. Blocks while somebody reads what is in its room."""
+        room = self._rooms.take(tensor, device)
+        if room.reader is not None:
+            self._streams.blocking(room.reader)()
+        return HostCopy(room.tensor.copy_(tensor), device)
 
     def _free(self, copies: list[HostCopy]) -> None:
         """What the checkpoint holds is free when the next one is complete."""

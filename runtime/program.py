@@ -12,7 +12,7 @@ from planner.plan.types import Instruction, Opcode
 
 __all__ = ["Conflicts", "Program"]
 
-_SPENDS = (Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.UPDATE)
+_SPENDS = (Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.UPDATE, Opcode.EVICT)
 _GOES_ON = (
     Opcode.RECEIVE, Opcode.GATHER, Opcode.REDUCE, Opcode.REDUCE_TIED, Opcode.CHECK_FINITE,
     Opcode.CLIP, Opcode.FETCH, Opcode.EVICT, Opcode.SAVE,
@@ -81,12 +81,14 @@ def _conflicts(
     leaving: set[str] = set()
     for instruction in instructions:
         used = dict.fromkeys((*instruction.reads, *instruction.writes))
+        if instruction.stream == "host":  # which itself waits for what is copied to it
+            used = dict.fromkeys(name for name in used if kind_of(name) != "host")
         written = tuple(name for name in used if name in arriving)
         read = tuple(name for name in instruction.writes if name in leaving)
         arriving.difference_update(written)
         leaving.difference_update(read)
         found.append(Conflicts(written, read))
-        if instruction.opcode in goes_on:
+        if instruction.opcode in goes_on or instruction.stream == "host":
             arriving.update(instruction.writes)
             leaving.update(instruction.reads)
     return tuple(found)
@@ -119,9 +121,14 @@ def _comes_and_goes(name: str, offloaded: Collection[str]) -> bool:
 
 
 def _units_of_sums(instructions: Sequence[Instruction]) -> dict[int, Mapping[str, str]]:
-    """A sum is of the unit of the instruction that spends it next."""
+    """A sum is of the unit of the instruction that spends it next, or that it went to the host for:
+    then verdicts may look at it yet."""
     found: dict[int, Mapping[str, str]] = {}
     units: dict[str, str] = {}
+    for instruction in instructions:
+        if instruction.opcode is Opcode.EVICT and instruction.unit is not None:
+            sums = {name for name in instruction.reads if kind_of(name) == "sum"}
+            units.update(dict.fromkeys(sums, instruction.unit))
     for index, instruction in reversed(list(enumerate(instructions))):
         sums = {name for name in (*instruction.reads, *instruction.writes)
                 if kind_of(name) == "sum"}  # fmt: skip

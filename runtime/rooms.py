@@ -39,14 +39,18 @@ class Rooms:
         self._make = make
         self._free: dict[Any, list[HostCopy]] = {}
 
-    def take(self, tensor: Tensor) -> HostCopy:
-        """For a copy of `tensor`; `reader` is who may still read what was in it."""
+    def take(self, tensor: Tensor, device: torch.device | None = None) -> HostCopy:
+        """For a copy of `tensor`; `reader` is who may still read what was in it.
+
+        It goes back to `device`: where the tensor is, if not said.
+        """
+        device = device or tensor.device
         shape, strides = tuple(tensor.shape), dense_stride(tuple(tensor.shape), tensor.stride())
-        key = shape, strides, tensor.dtype, tensor.device
+        key = shape, strides, tensor.dtype, device
         if self._free.get(key):
             return self._free[key].pop()
-        room = self._make(shape, strides, tensor.dtype, tensor.is_cuda)
-        return HostCopy(room, tensor.device)
+        room = self._make(shape, strides, tensor.dtype, device.type == "cuda")
+        return HostCopy(room, device)
 
     def give_back(self, copies: Iterable[HostCopy]) -> None:
         """Nobody needs what is in them."""

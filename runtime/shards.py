@@ -98,6 +98,11 @@ class UnitState:
         return [*found, *([self.shard] if apart else [])]
 
     @property
+    def device(self) -> torch.device:
+        """Where stages compute, even while no weights are there."""
+        return next(iter(self.parameters.values())).device
+
+    @property
     def has_copy(self) -> bool:
         """Whether stages compute with a copy in another type than the shard's."""
         return bool(self.unit.compute_dtype)
@@ -115,6 +120,10 @@ class UnitState:
     def put_shard(self, shard: Tensor | None) -> None:
         """The shard comes to the device, or leaves it."""
         self._shard = shard
+        self.attach_pieces(shard)
+
+    def attach_pieces(self, shard: Tensor | None) -> None:
+        """What the optimizer sees becomes parts of a shard, wherever that is, or of nothing."""
         for piece in self.pieces:
             if shard is None:
                 piece.parameter.data = piece.parameter.data.new_empty(0)

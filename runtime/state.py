@@ -18,6 +18,7 @@ from runtime.code import LossFunction
 from runtime.compile import Compiler, reasons_to_run_eagerly
 from runtime.cuda import streams_of
 from runtime.host import HostMemory
+from runtime.host_updates import HostUpdates, check_optimizer
 from runtime.loss_scale import LossScale
 from runtime.loss_weights import LossWeights
 from runtime.optimize import BuildOptimizer, BuildScheduler, UnitOptimizer
@@ -73,6 +74,7 @@ class RankState:
         self.begin(self.training, {})
         mine = [stage for stage in plan.stages if stage.rank == self.rank]
         names = {name for stage in mine for name in stage.units}
+        self.host_updates = HostUpdates(plan.options.deadline_seconds)
         self.units: dict[str, UnitState] = {}
         self.optimizers: dict[str, UnitOptimizer] = {}
         for unit in plan.units:
@@ -80,6 +82,9 @@ class RankState:
                 self._take(
                     UnitState(unit, plan, model, self.replica), build_optimizer, build_scheduler
                 )
+        if plan.options.update_on_host:
+            for optimizer in self.optimizers.values():
+                check_optimizer(optimizer)
         programs = (self.training, self.evaluation)
         check_table(plan, self.rank, self.units, programs)
         self._forget_others(model)

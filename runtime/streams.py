@@ -68,6 +68,9 @@ class Streams(Protocol):
     def behind(self, pending: Pending) -> None:
         """Inside the action of `beside`: what follows comes after something else."""
 
+    def blocking(self, pending: Pending) -> Action:
+        """What blocks the process, in whichever thread, until copies of `beside` are over."""
+
     def figure(self, tensor: Tensor) -> Figure:
         """The one element of a tensor that is not changed any more."""
 
@@ -116,6 +119,9 @@ class CpuStreams:
 
     def behind(self, pending: Pending) -> None:
         pass
+
+    def blocking(self, pending: Pending) -> Action:
+        return pending.wait
 
     def figure(self, tensor: Tensor) -> Figure:
         return tensor.item

@@ -87,6 +87,7 @@ def base_plans() -> list[Plan]:
         chain_plan(4, 2, 3, tied=[(0, 3)], num_random_operators=2),
         chain_plan(4, 2, 2, num_replicas=2, partition=3, recompute=True, options=full),
         chain_plan(4, 2, 2, num_replicas=2, partition=3, offload_state=True, options=full),
+        chain_plan(3, 1, 2, offload_state=True, options=replace(full, update_on_host=True)),
         chain_plan(2, 2, 4, schedule=Schedule.ZERO_BUBBLE),
         chain_plan(1, 1, 1),
     ]

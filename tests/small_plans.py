@@ -8,6 +8,7 @@ from synthetic import chain_cluster, chain_graph, chain_placement, chain_profile
 from planner.errors import UsageError
 from planner.graph import LayerGraph
 from planner.lower import lower
+from planner.partitions import updates_on_host
 from planner.plan.types import Plan, PlanOptions
 from planner.schedules import Schedule
 from planner.solve.types import Placement
@@ -36,11 +37,14 @@ def small_plan(chooser: random.Random, *, max_instructions: int = 50) -> Plan:
             transient_bytes=chooser.choice((0, 8, 24)),
         )
         check_finite, clips = chooser.random() < 0.3, chooser.random() < 0.4
+        state = {"offload_state": placement.offload_state}
+        can_update_on_host = updates_on_host(placement.partition, **state)
         options = PlanOptions(
             check_finite=check_finite,
             clip_norm=1.0 if clips else None,
             clip_delayed=clips and not check_finite and chooser.random() < 0.5,
             save=chooser.random() < 0.3,
+            update_on_host=can_update_on_host and chooser.random() < 0.5,
         )
         cluster = chain_cluster(placement.world_size)
         try:

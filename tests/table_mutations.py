@@ -53,6 +53,7 @@ def _options(plan: Plan) -> Iterator[tuple[str, Plan]]:
         "clip_norm": (1.0 if options.clip_norm is None else None,),
         "clip_delayed": (not options.clip_delayed,),
         "save": (not options.save,),
+        "update_on_host": (not options.update_on_host,),
     }
     for field, values in choices.items():
         for value in values:

@@ -393,3 +393,86 @@ def test_rule_5_parts_of_a_tied_unit_in_the_wrong_order() -> None:
     index = find(plan, 0, Opcode.BACKWARD, stage=0)
     reads = tuple(b for b in plan.programs[0][index].reads if not b.startswith("part:"))
     assert 5 in broken_rules(changed(plan, 0, index, reads=reads))
+
+
+def host_plan(num_replicas: int = 1, **options: object) -> Plan:
+    return chain_plan(
+        3, 1, 2, offload_state=True, num_replicas=num_replicas, partition=3,
+        options=PlanOptions(update_on_host=True, **options),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_rules_5_and_6_an_update_on_the_host_without_its_gradient(num_replicas: int) -> None:
+    plan = host_plan(num_replicas)
+    assert broken_rules(plan) == set()
+    evict = find(plan, 0, Opcode.EVICT, unit="stage.1")
+    lost = dropped(plan, 0, evict)
+    assert {5, 6} <= broken_rules(lost)
+    assert "UPDATE of unit stage.1 finds no gradient" in counterexample(lost, 6)
+    update = find(plan, 0, Opcode.UPDATE, unit="stage.1")
+    assert {5, 6} <= broken_rules(moved(plan, 0, update, evict))
+    blind = tuple(b for b in plan.programs[0][update].reads if not b.startswith("host:reduced:"))
+    assert 5 in broken_rules(changed(plan, 0, update, reads=blind))
+    assert 5 in broken_rules(changed(plan, 0, update, writes=("host:shard:stage.1",)))
+    assert 6 in broken_rules(dropped(plan, 0, update))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_rule_6_a_gradient_that_leaves_before_it_is_whole(num_replicas: int) -> None:
+    plan = host_plan(num_replicas)
+    evict = find(plan, 0, Opcode.EVICT, unit="stage.1")
+    last = find(plan, 0, Opcode.BACKWARD, stage=1, micro_batch=1)
+    before = last if num_replicas == 1 else find(plan, 0, Opcode.REDUCE, unit="stage.1")
+    assert 6 in broken_rules(moved(plan, 0, evict, before))
+
+
+def test_rule_6_a_gradient_that_leaves_for_another_unit() -> None:
+    plan = host_plan()
+    evict = find(plan, 0, Opcode.EVICT, unit="stage.1")
+    wrong = changed(plan, 0, evict, unit="stage.0", writes=("host:reduced:stage.0",))
+    assert 6 in broken_rules(wrong)
+
+
+def test_rule_5_a_gradient_on_the_host_that_nothing_updates_with() -> None:
+    plan = chain_plan(3, 1, 2, offload_state=True)
+    evict = Instruction(
+        opcode=Opcode.EVICT, stream="copy.out", unit="stage.1",
+        reads=("sum:float32.0",), writes=("host:reduced:stage.1",),
+    )  # fmt: skip
+    program = list(plan.programs[0])
+    program.insert(find(plan, 0, Opcode.UPDATE, unit="stage.1"), evict)
+    plan = with_program(plan, 0, program)
+    (entry,) = (b for b in plan.buffers[0] if b.name == "sum:float32.0")
+    table = (*plan.buffers[0], replace(entry, name="host:reduced:stage.1"))
+    assert 5 in broken_rules(replace(plan, buffers=(table,)))
+
+
+def test_rule_5_a_sum_that_is_started_before_its_content_has_left() -> None:
+    plan = host_plan()
+    evict = find(plan, 0, Opcode.EVICT, unit="stage.2")
+    (pool,) = plan.programs[0][evict].reads
+    behind = find(plan, 0, Opcode.BACKWARD, stage=0, micro_batch=0)
+    assert pool in plan.programs[0][behind].writes  # stage 0 has its turn in stage 2's buffer
+    assert 5 in broken_rules(moved(plan, 0, evict, behind + 1))
+
+
+def test_rule_5_an_update_on_the_host_that_ignores_a_verdict() -> None:
+    plan = host_plan(check_finite=True, clip_norm=1.0)
+    assert broken_rules(plan) == set()
+    update = find(plan, 0, Opcode.UPDATE)
+    for name in ("finite", "scale"):
+        reads = tuple(b for b in plan.programs[0][update].reads if b != name)
+        assert broken_rules(changed(plan, 0, update, reads=reads)) == {5}
+    assert 5 in broken_rules(moved(plan, 0, update, find(plan, 0, Opcode.CLIP)))
+
+
+def test_rule_5_a_gather_of_what_the_host_has_updated() -> None:
+    """A FETCH behind the UPDATE brings weights of the next step."""
+    plan = host_plan()
+    fetch = find(plan, 0, Opcode.FETCH, -1, writes=("shard:stage.0",))
+    update = find(plan, 0, Opcode.UPDATE, unit="stage.0")
+    gather = replace(plan.programs[0][find(plan, 0, Opcode.GATHER, -1, unit="stage.0")])
+    program = [*plan.programs[0], plan.programs[0][fetch], gather]
+    assert fetch < update
+    assert 5 in broken_rules(with_program(plan, 0, program))

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from oracle import judge
 from synthetic import chain_cluster, chain_graph, chain_placement, chain_plan, chain_profile
 
+from planner.errors import UsageError
 from planner.lower import lower
 from planner.plan.names import kind_of
 from planner.plan.types import Instruction, Opcode, PlanOptions
@@ -224,3 +226,89 @@ def test_pools_are_as_large_as_their_units_need() -> None:
     assert shapes("sum", PlanOptions()) == [5]
     assert shapes("sum", PlanOptions(clip_norm=1.0)) == [3, 5, 1]  # in the order of backward
     assert shapes("weights", PlanOptions()) == [1, 5, 3]
+
+
+ON_HOST = PlanOptions(update_on_host=True)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_updates_on_the_host_get_gradients_and_bring_no_state(
+    num_stages: int, num_replicas: int
+) -> None:
+    """The device sees shards for gathers alone, and of the optimizer's state nothing."""
+    plan = chain_plan(
+        num_stages, 1, 2, offload_state=True, num_replicas=num_replicas, partition=3,
+        options=ON_HOST,
+    )  # fmt: skip
+    (program,) = plan.programs
+    names = {name for i in program for name in (*i.reads, *i.writes)}
+    assert not [name for name in names if kind_of(name) == "moments"]
+    assert not [i for i in program if i.opcode is Opcode.RELEASE and kind_of(i.reads[0]) == "shard"]
+    gathers = where(program, lambda i: i.opcode is Opcode.GATHER)
+    assert len(copied(program, Opcode.FETCH, "shard")) == len(gathers)
+    kind = "sum" if num_replicas == 1 else "reduced"
+    units = [f"stage.{stage}" for stage in reversed(range(num_stages))]
+    evicts = [i for i in program if i.opcode is Opcode.EVICT]
+    assert [(i.unit, kind_of(i.reads[0])) for i in evicts] == [(unit, kind) for unit in units]
+    for unit in units:
+        (update,) = (i for i in program if i.opcode is Opcode.UPDATE and i.unit == unit)
+        state = (f"host:shard:{unit}", f"host:moments:{unit}")
+        assert update.stream == "host"
+        assert update.reads == (f"host:reduced:{unit}", *state)
+        assert update.writes == state
+    assert judge(plan, max_states=3000).faults == ()
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_an_update_on_the_host_is_issued_when_its_gradient_has_had_a_stage_to_leave(
+    num_replicas: int,
+) -> None:
+    """So its issue, which waits for the copy, holds up nothing that could run."""
+    plan = chain_plan(
+        4, 1, 3, offload_state=True, num_replicas=num_replicas, partition=3, options=ON_HOST
+    )
+    (program,) = plan.programs
+    for stage in (3, 2) if num_replicas == 2 else (3, 2, 1):
+        places = [
+            where(program, lambda i, o=o, s=stage: i.opcode is o and i.unit == f"stage.{s}")[-1]
+            for o in (Opcode.EVICT, Opcode.UPDATE)
+        ]
+        between = [i for i in program[slice(*places)] if i.opcode is Opcode.BACKWARD]
+        assert len(between) == 3
+    sums = {
+        i.reads[0] for i in program if i.opcode is Opcode.EVICT and kind_of(i.reads[0]) == "sum"
+    }
+    assert len(sums) == (2 if num_replicas == 1 else 0)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_gradients_leave_before_the_verdicts_that_updates_on_the_host_wait_for(
+    num_replicas: int,
+) -> None:
+    options = replace(ALL, update_on_host=True)
+    plan = chain_plan(
+        3, 1, 2, offload_state=True, num_replicas=num_replicas, partition=3, options=options
+    )
+    (program,) = plan.programs
+    (check,), (clip,) = (
+        where(program, lambda i, o=o: i.opcode is o) for o in (Opcode.CHECK_FINITE, Opcode.CLIP)
+    )
+    assert max(where(program, lambda i: i.opcode is Opcode.EVICT)) < check < clip
+    updates = where(program, lambda i: i.opcode is Opcode.UPDATE)
+    assert updates == [clip + 1, clip + 2, clip + 3]
+    assert all({"finite", "scale"} <= set(program[index].reads) for index in updates)
+    assert not where(program, lambda i: i.opcode is Opcode.SAVE)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({}, "does not offload the state"),
+        ({"offload_state": True, "num_replicas": 2, "partition": 1}, "partition 1 keeps"),
+        ({"offload_state": True, "num_replicas": 2, "partition": 2}, "partition 2 keeps"),
+    ],
+)
+def test_updates_on_the_host_need_the_state_there(choices: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        chain_plan(3, 1, 2, options=ON_HOST, **choices)

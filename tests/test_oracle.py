@@ -42,6 +42,27 @@ GOOD: dict[str, Callable[[], Plan]] = {
     "tied on one rank": lambda: chain_plan(4, 2, 2, tied=((0, 2),)),
     "options": lambda: chain_plan(4, 2, 2, options=ALL_OPTIONS),
     "offloaded state": lambda: chain_plan(2, 2, 2, offload_state=True),
+    "updates on the host": lambda: chain_plan(
+        3, 1, 2, offload_state=True, options=PlanOptions(update_on_host=True)
+    ),
+    "updates on the host, replicas": lambda: chain_plan(
+        3,
+        1,
+        2,
+        offload_state=True,
+        num_replicas=2,
+        partition=3,
+        options=PlanOptions(update_on_host=True, clip_norm=1.0, clip_delayed=True),
+    ),
+    "updates on the host that wait, tied": lambda: chain_plan(
+        4,
+        2,
+        1,
+        offload_state=True,
+        tied=((0, 3),),
+        compute_dtype="bfloat16",
+        options=PlanOptions(update_on_host=True, check_finite=True, clip_norm=1.0, save=True),
+    ),
     "offloaded inputs": lambda: chain_plan(4, 2, 2, offload_inputs=True),
     "1F1B": lambda: chain_plan(2, 2, 3, schedule=Schedule.ONE_F_ONE_B),
     "zero bubble": lambda: chain_plan(2, 2, 3, schedule=Schedule.ZERO_BUBBLE),

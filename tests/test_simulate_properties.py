@@ -267,5 +267,5 @@ def test_every_event_lasts_no_less_than_it_takes_alone(seed: int) -> None:
             assert end - start >= alone - ROUNDING
         elif instruction.opcode in (Opcode.FETCH, Opcode.EVICT) and host.device.host_bandwidth:
             sizes = {buffer.name: buffer.num_bytes for buffer in plan.buffers[rank]}
-            num_bytes = sum(sizes[buffer_key(name)] for name in instruction.reads)
+            num_bytes = sum(sizes[buffer_key(name)] for name in instruction.writes)
             assert end - start >= num_bytes / host.device.host_bandwidth - ROUNDING

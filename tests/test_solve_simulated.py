@@ -21,7 +21,7 @@ from planner.plan.types import PlanOptions
 from planner.profile import OperatorCount, Profile
 from planner.simulate import simulate
 from planner.simulate.links import Links
-from planner.solve import Placement, Problem, Simulated
+from planner.solve import Constraints, Placement, Problem, Simulated
 from planner.solve.bounds import least_rank_units, least_step_ticks
 from planner.solve.build import Builder
 from planner.solve.choices import Choice
@@ -109,6 +109,7 @@ def random_placement(
     choices: dict[str, Any] = {
         name: generator.random() < 0.4 for name in ("offload_state", "offload_inputs")
     }
+    choices["partition"] = generator.randint(0, 3) if replicas > 1 else 0
     return Placement(
         num_replicas=replicas,
         num_pipeline_ranks=ranks,
@@ -116,7 +117,6 @@ def random_placement(
         stage_ranks=tuple(stage % ranks for stage in range(number)),
         micro_batch_size=2,
         num_micro_batches=count,
-        partition=generator.randint(0, 3) if replicas > 1 else 0,
         recompute=generator.choice([(True,) * number, (False,) * number, recompute]),
         num_weight_buffers=buffers,
         num_gradient_buffers=buffers,
@@ -127,7 +127,7 @@ def random_placement(
 
 def simulate_placement(problem: Problem, placement: Placement) -> Simulated:
     size = placement.micro_batch_size
-    options = PlanOptions(check_finite=problem.updates_wait)
+    options = PlanOptions(check_finite=problem.updates_wait, update_on_host=problem.updates_on_host)
     graph, profile = problem.graph_at(size), problem.profile_at(size)
     plan = lower(graph, profile, problem.cluster, placement, options)
     simulation = simulate(plan)
@@ -248,6 +248,59 @@ def test_groups_of_replicas_take_what_the_simulator_says(seed: int) -> None:
         simulated.peak_bytes, rank_units(instance, split_of(placement)), strict=True
     ):
         assert peak * 0.99 <= units <= peak * 1.03
+
+
+def on_host(generator: random.Random, problem: Problem) -> tuple[Problem, dict[str, Any]]:
+    """With updates on hosts of some speed, and what that asks of placements."""
+    bandwidth = generator.choice([1e9, 1e10, 1e12])
+    hosts = tuple(replace(h, memory_bandwidth=bandwidth) for h in problem.cluster.hosts)
+    found = replace(
+        problem,
+        cluster=replace(problem.cluster, hosts=hosts),
+        constraints=Constraints(update_on_host=True, offload_state=True),
+    )
+    return found, {"offload_state": True, "partition": generator.choice([0, 3])}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_model_of_updates_on_the_host_is_never_slower_than_the_simulator(seed: int) -> None:
+    generator = random.Random(seed)
+    replicas, ranks = generator.choice([(1, 1), (2, 1), (1, 4), (2, 2), (1, 2)])
+    cluster = make_cluster(1)
+    if replicas * ranks > 1:
+        cluster = unequal_cluster(generator, replicas * ranks)
+    problem = chain_problem(generator, replicas * ranks, cluster, compute_dtype_of(seed))
+    problem, wanted = on_host(generator, problem)
+    if replicas == 1:
+        wanted["partition"] = 0
+    count = generator.choice([1, 2, 4, 8])
+    placement = random_placement(generator, replicas, ranks, count, **wanted)
+    simulated = simulate_placement(problem, placement).step_seconds
+    found = modelled_seconds(problem, placement)
+    assert found <= simulated * (1 + EXACT)
+    assert found >= simulated * (0.85 if count > 4 else 0.7)
+    instance = Builder(problem=problem).instance_in(choice_of(placement), 1)
+    split = split_of(placement)
+    assert least_step_ticks(instance) <= step_ticks(instance, split)
+    assert least_rank_units(instance) <= max(rank_units(instance, split))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_memory_of_updates_on_the_host_is_no_less_than_the_simulator_s(seed: int) -> None:
+    generator = random.Random(seed)
+    replicas, ranks = generator.choice([(1, 1), (3, 1), (1, 3), (2, 2), (2, 4)])
+    cluster = make_cluster(replicas * ranks, bandwidth=1e10)
+    cluster = replace(cluster, backend=generator.choice(["gloo", "nccl"]))
+    problem = chain_problem(generator, replicas * ranks, cluster, compute_dtype_of(seed))
+    problem, wanted = on_host(generator, problem)
+    if replicas == 1:
+        wanted["partition"] = 0
+    placement = random_placement(generator, replicas, ranks, generator.choice([4, 8]), **wanted)
+    instance = Builder(problem=problem).instance_in(choice_of(placement), 1)
+    peaks = simulate_placement(problem, placement).peak_bytes
+    for peak, units in zip(peaks, rank_units(instance, split_of(placement)), strict=True):
+        assert units >= peak * 0.95
+        assert units <= peak * 1.3
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -143,7 +143,7 @@ def test_copies_keep_what_they_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert races_of(careless, monkeypatch).found == []
 
     def without(self: Any, streams: Any, event: Any, _: Any) -> None:
-        self._streams, self._event, self._held = streams, event, ()
+        self._streams, self.event, self._held = streams, event, ()
 
     monkeypatch.setattr(runtime.cuda._Copying, "__init__", without)
     assert "freed" in races_of(careless, monkeypatch).found

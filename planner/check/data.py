@@ -1,6 +1,7 @@
 """What the instructions of a unit, and those over all units, must find, and what they leave.
 
-They are GATHER, REDUCE, REDUCE_TIED, CHECK_FINITE, CLIP, UPDATE and SAVE.
+They are GATHER, REDUCE, REDUCE_TIED, CHECK_FINITE, CLIP, UPDATE and SAVE, and the EVICT of a
+gradient.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from planner.check.symbols import (
 from planner.plan.types import Instruction, Opcode, Plan, Unit
 from planner.schedules import Schedule
 
-__all__ = ["run_of_unit", "run_over_units", "run_reduce_tied"]
+__all__ = ["evict_gradient", "run_of_unit", "run_over_units", "run_reduce_tied"]
 
 
 def run_of_unit(state: State, rank: int, instruction: Instruction) -> None:
@@ -135,17 +136,43 @@ def _reduce(state: State, rank: int, instruction: Instruction, unit: Unit) -> No
         state.held[rank][reduced] = total
 
 
+def evict_gradient(state: State, rank: int, instruction: Instruction) -> None:
+    """The unit's gradient as it is then, for an update on the host.
+
+    On the device it is spent, unless verdicts on all gradients look at it.
+    """
+    plan, unit = state.plan, state.expected.units.get(instruction.unit or "")
+    state.find_reads(rank, instruction)
+    if unit is None or not plan.options.update_on_host:
+        state.fail(5, f"{describe(instruction)} is of a gradient that no host updates with", rank)
+        return
+    reduced, host = f"reduced:{unit.name}", f"host:reduced:{unit.name}"
+    if _is_reduced(state, unit):
+        _operands(state, rank, instruction, [reduced], "", 0, [host])
+        content: Content | None = state.held[rank].pop(reduced, None)
+        found, source = (content if isinstance(content, Gradient) else None), reduced
+    else:
+        pool = _operands(state, rank, instruction, [], "sum:", 1, [host])
+        found, source = _take_sum(state, rank, instruction, unit, pool), next(iter(pool), "")
+    if found is not None:
+        state.held[rank][host] = found.copy()
+        if plan.options.updates_wait:
+            state.held[rank][source] = found
+
+
 def _update(state: State, rank: int, instruction: Instruction, unit: Unit) -> None:
     plan, held = state.plan, state.held[rank]
-    own = [f"shard:{unit.name}", f"moments:{unit.name}"]
+    on_host = plan.options.update_on_host
+    place = "host:" if on_host else ""
+    own = [f"{place}shard:{unit.name}", f"{place}moments:{unit.name}"]
     own += [] if plan.gathers else [f"weights:{unit.name}"]
     verdicts = ["finite"] * plan.options.check_finite
     verdicts += [_scale_of(plan)] * (plan.options.clip_norm is not None)
     made = [*own, *[f"square:{unit.name}"] * plan.options.clip_delayed]
-    reduced = f"reduced:{unit.name}"
+    reduced = f"{place}reduced:{unit.name}"
     for buffer, wanted in zip(own, (STATE, STATE, unit.name), strict=False):
         state.need(rank, buffer, wanted)
-    if _is_reduced(state, unit):
+    if on_host or _is_reduced(state, unit):
         _operands(state, rank, instruction, [reduced, *own, *verdicts], "", 0, made)
         content: Content | None = held.pop(reduced, None)
         found = content if isinstance(content, Gradient) else None

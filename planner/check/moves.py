@@ -1,5 +1,6 @@
 """What LOAD, FETCH, EVICT, RELEASE, SEND and RECEIVE must find, and what they leave."""
 
+from planner.check.data import evict_gradient
 from planner.check.symbols import NAMED, State, describe
 from planner.plan.names import buffer_key, kind_of
 from planner.plan.types import Instruction, Opcode
@@ -20,8 +21,14 @@ def run_load(state: State, rank: int, instruction: Instruction) -> None:
 
 
 def run_copy(state: State, rank: int, instruction: Instruction) -> None:
-    """FETCH and EVICT: the content is copied between a buffer and its host copy."""
+    """FETCH and EVICT: the content is copied between a buffer and its host copy.
+
+    Where updates run on the host, EVICT brings gradients there too.
+    """
     held, evicts = state.held[rank], instruction.opcode is Opcode.EVICT
+    if evicts and instruction.writes == (f"host:reduced:{instruction.unit}",):
+        evict_gradient(state, rank, instruction)
+        return
     device, host = instruction.reads, instruction.writes
     if not evicts:
         device, host = host, device

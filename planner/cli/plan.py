@@ -84,6 +84,7 @@ def main(questions: Questions, **words: Any) -> None:
         clip_norm=request.clip_norm,
         clip_delayed=request.clip_delayed,
         check_finite=request.check_finite,
+        update_on_host=request.update_on_host,
         precision=Precision(request.precision),
         keep_float32=request.keep_float32,
         time_limit_seconds=request.time_limit,

@@ -200,6 +200,15 @@ _STEP = (
         "at the end of the step.",
     ),
     click.option(
+        "--update-on",
+        type=click.Choice(["device", "host"]),
+        default="device",
+        show_default=True,
+        help="Where the optimizer steps. host: on weights and optimizer state that stay in host "
+        "memory (it implies --offload-state, with partition 0 or 3); gradients alone go down to "
+        "it, and compute goes on meanwhile.",
+    ),
+    click.option(
         "--precision",
         type=click.Choice([precision.value for precision in Precision]),
         default=Precision.MODEL.value,

@@ -52,6 +52,7 @@ class PlanRequest:
     clip_norm: float | None
     clip_delayed: bool
     check_finite: bool
+    update_on: str
     precision: str
     keep_float32: tuple[str, ...]
     time_limit: float
@@ -75,6 +76,10 @@ class PlanRequest:
             modular=True if self.assignment == "modular" else None,
             schedule=Schedule(self.schedule) if self.schedule in set(Schedule) else None,
         )
+
+    @property
+    def update_on_host(self) -> bool:
+        return self.update_on == "host"
 
     @property
     def order(self) -> OrderSearch | None:
@@ -212,8 +217,10 @@ class PlanRequest:
             return
         hint = f"leave one of them out, or --schedule {Schedule.LAYERED}"
         for option, value in (
-            ("--offload-state", self.offload_state), ("--offload-inputs", self.offload_inputs)
-        ):  # fmt: skip
+            ("--offload-state", self.offload_state),
+            ("--offload-inputs", self.offload_inputs),
+            ("--update-on host", self.update_on_host),
+        ):
             if value:
                 yield f"{option} goes with the layered schedule alone, not with {asked}", hint
         if self.schedule == Schedule.PLAIN:

@@ -152,6 +152,7 @@ def _made(spec: HostSpec, device: Device, num_devices: int, link: Link) -> Host:
         adapter_bandwidth=None if adapters is None else adapters.value,
         memory_bytes=None if spec.memory_bytes is None else int(spec.memory_bytes.value),
         name=spec.name or "",
+        memory_bandwidth=None if spec.memory_bandwidth is None else spec.memory_bandwidth.value,
     )
 
 

@@ -301,6 +301,9 @@ class HostSpec(Strict):
     """How many such machines there are, one after the other."""
     memory_bytes: Bytes | None = None
     """Of the machine itself, for its devices to offload to; by default as much as they need."""
+    memory_bandwidth: Figure | None = None
+    """That optimizers reach in that memory, for updates on the host (`--update-on host`) of all its
+    devices together; by default 1e11 bytes per second, or a `cpu`'s own."""
 
 
 class HostLinkSpec(Strict):

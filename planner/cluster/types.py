@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 from planner.profile import OperatorClass
 
 __all__ = [
+    "HOST_MEMORY_BANDWIDTH",
     "Allocator",
     "Cluster",
     "CollectiveAlgorithm",
@@ -19,6 +20,10 @@ __all__ = [
     "Link",
     "OperatorRates",
 ]
+
+HOST_MEMORY_BANDWIDTH = 1e11
+"""Bytes per second that an optimizer reaches in a server's memory: about half of what eight
+channels of DDR4-3200 have (204.8e9)."""
 
 CollectiveAlgorithm = Literal["ring", "tree", "auto"]
 """How collectives travel; `auto`: the quicker of the others, each time."""
@@ -136,6 +141,21 @@ class Host:
     """Of the host's own memory, for all its devices to offload to; None: as much as they need."""
     name: str = ""
     """What `HostLink` calls it; equal hosts may share a name."""
+    memory_bandwidth: float | None = None
+    """Bytes per second that optimizers reach in that memory, for the updates of all its devices
+    together; None: HOST_MEMORY_BANDWIDTH, or where the devices are the host's own processor, what
+    each of them reaches."""
+
+    @property
+    def updater(self) -> Device:
+        """What updates a device's part of the state on the host: its share of the memory."""
+        device, bandwidth = self.device, self.memory_bandwidth
+        if bandwidth is None and device.synchronous:
+            return device
+        share = (bandwidth or HOST_MEMORY_BANDWIDTH) / self.num_devices
+        return replace(
+            device, memory_bandwidth=share, memory_efficiency=1.0, update_efficiency=None
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ _WORDS = {"simulated": "planned"}
 _FIRST = 1
 """Number of the first process, and of each one's first thread: 0 is the idle task to Perfetto."""
 _MOVES = (Opcode.FETCH, Opcode.EVICT, Opcode.RELEASE)
-_STREAMS = ("compute", "data", "copy.in", "copy.out")
+_STREAMS = ("compute", "data", "copy.in", "copy.out", "host")
 """First in this order, then transfers by peer."""
 
 

@@ -4,7 +4,8 @@ With replicas that divide gradients, a small pool of buffers serves all units. A
 buffer is wanted by another before its last micro-batch is reduced right after its last use, and
 what comes later is added to that: in the layered order one reduction a unit, in plain accumulation
 one a unit and micro-batch. Otherwise a sum is never given up before it is complete, and the pool is
-as large as that takes.
+as large as that takes. Where sums go to an update on the host, they take turns in two buffers, so
+that the copy of one is beside the next one's backward.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def gradient_pools(work: RankWork, placement: Placement, options: PlanOptions) -
         size, is_kept = placement.num_gradient_buffers, False
     else:
         # The update empties a buffer at once, unless it waits for the end of the step.
-        size, is_kept = 1, options.updates_wait
+        size, is_kept = 1 + options.update_on_host, options.updates_wait
     return Pools("sum", size, lambda held, step: is_kept or work.last_uses[held.unit.name] >= step)
 
 

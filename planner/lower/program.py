@@ -31,7 +31,7 @@ from planner.lower.weights import (
     weights_in_place,
 )
 from planner.lower.work import RankWork
-from planner.partitions import gathers_for_passes
+from planner.partitions import gathers_for_passes, updates_on_host
 from planner.plan.types import Instruction, Opcode, Plan, PlanOptions, StagePlan, Unit
 from planner.profile import Profile
 from planner.schedule import Order, forward_order, order_of, require_complete
@@ -58,9 +58,11 @@ def lower(
 
     Raises:
         UsageError: the schedule does not go with the placement, the order lacks a step, a rank has
-            no stage, or the replicas do not divide into partition groups.
+            no stage, the replicas do not divide into partition groups, or updates are on the host
+            and the state is not.
     """
     placement, order = _settled(placement, order)
+    _require_state_on_host(placement, options)
     context = _context(graph, profile, cluster, placement, options)
     programs, evaluation, pools = _all_programs(context, order)
     table = BufferTable(graph, placement, options, context.stages, context.units)
@@ -130,6 +132,20 @@ def _require_stages(placement: Placement) -> None:
             f"ranks {', '.join(map(str, placement.stage_ranks))}",
             hint="give every pipeline rank a stage, or take fewer pipeline ranks",
         )
+
+
+def _require_state_on_host(placement: Placement, options: PlanOptions) -> None:
+    """Refuse updates on the host of a state that is not all there."""
+    partition, is_away = placement.partition, placement.offload_state
+    if not options.update_on_host or updates_on_host(partition, offload_state=is_away):
+        return
+    found = f"of partition {partition} keeps its weights on the device"
+    if not is_away:
+        found = "does not offload the state"
+    raise UsageError(
+        f"updates on the host need shards and optimizer state there, but the placement {found}",
+        hint="offload the state with partition 0 or 3, or update on the device",
+    )
 
 
 def _kept_buffer_bytes(profile: Profile, placement: Placement) -> int:

@@ -7,17 +7,20 @@ they do not wait for the norm: each leaves its part of it for a CLIP at the end.
 updates its part of weights that stay whole, their GATHER follows at once; such an update is issued
 one micro-batch before that next stage's end, so that the GATHER is in the data stream ahead of the
 stage's REDUCE, and the step ends with one of each. A state that lives in host memory is fetched one
-update ahead, when the one before the last has left the device.
+update ahead, when the one before the last has left the device. Where updates run on the host, the
+gradient is evicted where the update would stand, and its UPDATE is issued with the next one's
+eviction, so that nothing waits for the copy; it ends beside whatever comes then.
 """
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.lower.pools import Holding
 from planner.lower.slots import LOOKAHEAD, Slots, unit_instruction
 from planner.lower.work import RankWork
 from planner.partitions import gathers_updates, offloaded
+from planner.plan.names import stream_of
 from planner.plan.types import Instruction, Opcode, PlanOptions
 from planner.solve.types import Placement
 
@@ -50,16 +53,64 @@ def place_updates(
     `sources` is the gradient of each trainable unit, `holdings` what gathered its weights, or
     None where weights stay in place.
     """
-    gradients = tuple(sources.values())
+    if options.update_on_host:
+        updates = _updates(work, sources, (), placement, at_end=False)
+        _place_on_host(slots, updates, sources, options)
+    else:
+        verdicts = _place_verdicts(slots, sources, options)
+        updates = _updates(work, sources, holdings or (), placement, at_end=bool(verdicts))
+        _place_on_device(slots, updates, verdicts, placement, options, in_place=holdings is None)
+    if options.clip_delayed:
+        squares = tuple(f"square:{update.unit}" for update in updates)
+        clip = unit_instruction(Opcode.CLIP, None, squares, ("clip:scale",))
+        slots.behind(slots.num_steps, clip)
+
+
+def _place_verdicts(
+    slots: Slots, sources: Mapping[str, str], options: PlanOptions
+) -> tuple[str, ...]:
+    """CHECK_FINITE and CLIP at the end of the step, and the buffers that they write."""
     verdicts: tuple[str, ...] = ()
     for opcode, name, wanted in (
         (Opcode.CHECK_FINITE, "finite", options.check_finite),
         (Opcode.CLIP, "scale", options.clip_norm is not None and not options.clip_delayed),
     ):
         if wanted:
+            gradients = tuple(sources.values())
             slots.behind(slots.num_steps, unit_instruction(opcode, None, gradients, (name,)))
             verdicts += (name,)
-    updates = _updates(work, sources, holdings or (), placement, at_end=bool(verdicts))
+    return verdicts
+
+
+def _place_on_host(
+    slots: Slots,
+    updates: Sequence[_Update],
+    sources: Mapping[str, str],
+    options: PlanOptions,
+) -> None:
+    """EVICT of each gradient, also ahead of verdicts on all of them, and UPDATE behind the next
+    one's or the verdicts."""
+    for index, update in enumerate(updates):
+        if index and not options.updates_wait:
+            slots.behind(update.step, _instruction(updates[index - 1], (), options))
+        gradient = (f"host:reduced:{update.unit}",)
+        evict = unit_instruction(Opcode.EVICT, update.unit, (update.source,), gradient)
+        slots.behind(update.step, evict)
+    verdicts = _place_verdicts(slots, sources, options)
+    for update in updates if options.updates_wait else updates[-1:]:
+        slots.behind(slots.num_steps, _instruction(update, verdicts, options))
+
+
+def _place_on_device(
+    slots: Slots,
+    updates: Sequence[_Update],
+    verdicts: tuple[str, ...],
+    placement: Placement,
+    options: PlanOptions,
+    *,
+    in_place: bool,
+) -> None:
+    """UPDATE, and what brings its state to the device and away again; `in_place` are weights."""
     away = offloaded(placement.partition, offload_state=placement.offload_state)
     if away and updates:
         step = updates[0].step - LOOKAHEAD - 1
@@ -69,19 +120,13 @@ def place_updates(
             _release_state(slots, updates[index - 1].unit, update.step, away)
         if away and index + 1 < len(updates):
             _fetch_state(slots, updates[index + 1], update.step)
-        slots.behind(
-            update.step, _instruction(update, verdicts, options, in_place=holdings is None)
-        )
+        slots.behind(update.step, _instruction(update, verdicts, options, in_place=in_place))
         if gathers_updates(placement.partition):
             slots.behind(update.step, _gather(update.unit))
         for instruction in _copies(update.unit, away, options):
             slots.behind(update.step, instruction)
     if away and updates:
         _release_state(slots, updates[-1].unit, slots.num_steps, away)
-    if options.clip_delayed:
-        squares = tuple(f"square:{update.unit}" for update in updates)
-        clip = unit_instruction(Opcode.CLIP, None, squares, ("clip:scale",))
-        slots.behind(slots.num_steps, clip)
 
 
 def _updates(
@@ -143,15 +188,19 @@ def _release_state(slots: Slots, unit: str, step: int, away: tuple[str, ...]) ->
 
 
 def _instruction(
-    update: _Update, verdicts: tuple[str, ...], options: PlanOptions, *, in_place: bool
+    update: _Update, verdicts: tuple[str, ...], options: PlanOptions, *, in_place: bool = False
 ) -> Instruction:
-    state: tuple[str, ...] = (f"shard:{update.unit}", f"moments:{update.unit}")
+    on_host = options.update_on_host
+    place = "host:" if on_host else ""
+    source = f"host:reduced:{update.unit}" if on_host else update.source
+    state: tuple[str, ...] = (f"{place}shard:{update.unit}", f"{place}moments:{update.unit}")
     if in_place:
         state = (*state, f"weights:{update.unit}")
-    reads, writes = (update.source, *state, *verdicts), state
+    reads, writes = (source, *state, *verdicts), state
     if options.clip_delayed:
         reads, writes = (*reads, "clip:scale"), (*writes, f"square:{update.unit}")
-    return unit_instruction(Opcode.UPDATE, update.unit, reads, writes)
+    found = unit_instruction(Opcode.UPDATE, update.unit, reads, writes)
+    return replace(found, stream=stream_of(Opcode.UPDATE, on_host=on_host))
 
 
 def _gather(unit: str) -> Instruction:

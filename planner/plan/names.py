@@ -25,8 +25,10 @@ STREAMS = {
 _WHOLE_NAMES = ("weights", "sum", "shard", "moments", "reduced", "square", "clip")
 
 
-def stream_of(opcode: Opcode, peer: int | None = None) -> str:
-    """The stream that an instruction belongs to."""
+def stream_of(opcode: Opcode, peer: int | None = None, *, on_host: bool = False) -> str:
+    """The stream that an instruction belongs to; `on_host` says where the plan's updates run."""
+    if on_host and opcode is Opcode.UPDATE:
+        return "host"
     if opcode is Opcode.SEND:
         return f"to.{peer}"
     if opcode is Opcode.RECEIVE:

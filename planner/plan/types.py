@@ -20,6 +20,7 @@ Buffer names
     sum:<pool>.<i>          gradient accumulation buffer i of a pool
     part:<unit>.<m>         gradient of a tied unit for one micro-batch (kept for exact order)
     reduced:<unit>          the gradient reduced over replicas, or this rank's part of it
+    host:reduced:<unit>     the unit's whole gradient on its way to an update on the host
     finite, scale           verdict of CHECK_FINITE; factor that CLIP found
     square:<unit>           sum of the squares of the gradient that UPDATE used
     clip:scale              factor for the next step's gradients, where clipping is delayed
@@ -65,7 +66,10 @@ class Opcode(StrEnum):
         <x> = host:<x>"""
     EVICT = "EVICT"
     """copy.out. need <x> written
-        host:<x> = <x>; <x> itself stays until it is released"""
+        host:<x> = <x>; <x> itself stays until it is released
+    Where updates run on the host: need the unit's whole gradient (sum:<pool>.<i> or reduced:<unit>)
+        host:reduced:<unit> = the gradient, which is then spent unless CHECK_FINITE or CLIP read it
+    """
     GATHER = "GATHER"
     """data, every replica. need shard:<unit> not updated yet
         weights:<pool>.<i> = shards of the replicas of its partition group, one after the other
@@ -118,7 +122,8 @@ class Opcode(StrEnum):
     Where clipping is delayed: need square:<unit> of all units that the rank updates
         clip:scale = the same of the norm whose square they sum up to"""
     UPDATE = "UPDATE"
-    """compute. need the unit's whole gradient, shard and moments; finite and scale where made
+    """compute, or host. need the unit's whole gradient, shard and moments; finite and scale where
+    made; where updates run on the host, all of these but the verdicts in their host: buffers
         if finite: shard, moments = optimizer(shard, moments, scale * gradient)
     Where clipping is delayed, scale is clip:scale, as the step before left it (1 at first), and
         square:<unit> = sum of the squares of the gradient's elements, before they are scaled
@@ -136,8 +141,9 @@ class Instruction:
 
     opcode: Opcode
     stream: str
-    """`compute`, `data`, `copy.in`, `copy.out`, or `to.<peer>` / `from.<peer>`: the pipeline's own
-    streams, one per peer and direction, so that no transfer waits behind another pair's."""
+    """`compute`, `data`, `copy.in`, `copy.out`, `host` (of updates there), or `to.<peer>` /
+    `from.<peer>`: the pipeline's own streams, one per peer and direction, so that no transfer waits
+    behind another pair's."""
     stage: int | None = None
     micro_batch: int | None = None
     unit: str | None = None
@@ -260,6 +266,9 @@ class PlanOptions:
     """They do not: they scale by what the norm of the step before asks for, the first by 1."""
     save: bool = False
     """Leave a complete checkpoint in host memory after every step."""
+    update_on_host: bool = False
+    """The optimizer steps on the host, on a state that lives there with its shards; gradients go
+    down to it, and no state comes up for an update."""
     precision: Precision = Precision.MODEL
     """Of compute: floating batches, buffers and copies of parameters are of its type. With float16
     the loss is scaled, and the scale follows the verdicts of CHECK_FINITE."""

@@ -9,7 +9,7 @@ from dataclasses import astuple
 
 from planner.errors import PlanFileError
 from planner.graph import DTYPE_BYTES
-from planner.partitions import LEVELS
+from planner.partitions import LEVELS, updates_on_host
 from planner.plan.code import references
 from planner.plan.limits import limit_problems
 from planner.plan.names import buffer_key, kind_of, stream_of
@@ -65,6 +65,10 @@ def _count_problems(plan: Plan) -> Iterator[str]:
         yield f"partition {plan.partition} in groups of {group} of {replicas} replicas"
     if plan.options.clip_delayed and (plan.options.clip_norm is None or plan.options.check_finite):
         yield "clip_delayed goes with clip_norm, and not with check_finite"
+    if plan.options.update_on_host and not updates_on_host(
+        plan.partition, offload_state=plan.offload_state
+    ):
+        yield "update_on_host goes with shards and moments in host memory"
     if plan.module_buffer_bytes < 0:
         yield "the model's buffers have a negative size"
     if len(plan.programs) != plan.num_pipeline_ranks:
@@ -104,6 +108,8 @@ def _cluster_problems(plan: Plan) -> Iterator[str]:
             yield "a host has adapters without bandwidth"
         if host.memory_bytes is not None and host.memory_bytes < 0:
             yield "a host has a negative amount of memory"
+        if host.memory_bandwidth is not None and not host.memory_bandwidth > 0:
+            yield "a host has memory without bandwidth"
 
 
 def _buffer_problems(plan: Plan) -> Iterator[str]:
@@ -229,7 +235,8 @@ def _instruction_problem(
         found = f"refers to unit {unit!r}, which the plan does not hold"
     elif opcode in _TRANSFER:
         found = _transfer_problem(plan, rank, instruction)
-    if not found and instruction.stream != (wanted := stream_of(opcode, peer)):
+    wanted = stream_of(opcode, peer, on_host=plan.options.update_on_host)
+    if not found and instruction.stream != wanted:
         found = f"is on stream {instruction.stream}, but belongs on {wanted}"
     return f"{opcode.value} {found}" if found else ""
 

@@ -5,7 +5,7 @@ the bytes. Replicas are alike, so one stands for all; what waits for all of them
 the slowest device. This module does not know when anything starts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,11 +136,11 @@ class Durations:
                 leaving = 2 * reduced * element_bytes * (size - 1) / size
                 path = self.links.over_ranks(unit.ranks, leaving, num_passes=2)
                 return Work(path=path, num_bytes=leaving)
-        slots = self.plan.options.optimizer_slots
+        slots, on_host = self.plan.options.optimizer_slots, self.plan.options.update_on_host
         return Work(
             seconds=max(
                 update_seconds(part, device, slots, element_bytes=element_bytes)
-                for device in self._devices[rank]
+                for device in (self._updaters if on_host else self._devices)[rank]
             )
         )
 
@@ -190,7 +190,16 @@ class Durations:
     @cached_property
     def _devices(self) -> list[list[Device]]:
         """Per pipeline rank: the kinds of device that its replicas have."""
-        everyone = [host.device for host in self.cluster.hosts for _ in range(host.num_devices)]
+        return self._by_rank([host.device for host in self.cluster.hosts])
+
+    @cached_property
+    def _updaters(self) -> list[list[Device]]:
+        """The same of what updates on their hosts."""
+        return self._by_rank([host.updater for host in self.cluster.hosts])
+
+    def _by_rank(self, of_hosts: Sequence[Device]) -> list[list[Device]]:
+        hosts = zip(of_hosts, self.cluster.hosts, strict=True)
+        everyone = [device for device, host in hosts for _ in range(host.num_devices)]
         found = []
         for rank in range(self.plan.num_pipeline_ranks):
             replicas = (everyone[place] for place in self.plan.grid.replicas_of(rank))

@@ -110,6 +110,7 @@ def host_memory(plan: Plan) -> tuple[int, ...]:
     """Bytes of host memory that each pipeline rank's copies of buffers take at most.
 
     Where every step leaves a checkpoint, the one before stays until the step's own is complete.
+    What updates on the host make for themselves counts, one update at a time.
     """
     found = []
     for rank, table in enumerate(plan.buffers):
@@ -123,13 +124,16 @@ def host_memory(plan: Plan) -> tuple[int, ...]:
         hosts = [name for name in used if name.startswith("host:")]
         if plan.options.save:
             hosts += [name for name in written if _in_checkpoint(name)]
+        made = [u.update_transient_bytes for u in plan.units if rank in u.ranks and u.trainable]
         found.append(sum(num_bytes[buffer_key(name)] for name in hosts))
+        found[-1] += max(made, default=0) * plan.options.update_on_host
     return tuple(found)
 
 
 def transient_bytes(plan: Plan, rank: int) -> list[int]:
     """What each instruction takes and gives back while it runs, outputs included."""
-    of_units = {unit.name: unit.update_transient_bytes for unit in plan.units}
+    on_device = not plan.options.update_on_host
+    of_units = {unit.name: unit.update_transient_bytes * on_device for unit in plan.units}
     return [_transient(plan.stages, of_units, i) for i in plan.programs[rank]]
 
 

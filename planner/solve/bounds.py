@@ -54,10 +54,11 @@ def least_step_ticks(instance: Instance) -> int:
         largest += fill + drain
     updates = _everything(_least(instance, "update"), stages)
     floor = stages * min(kind.least_update for kind in instance.kinds)
+    computed = 0 if pace.updates_on_host else max(updates, floor)
     return max(
         start + chain + end,
         start + max(busiest, largest) + end,
-        fill + -(-(compute + max(updates, floor)) // ranks),
+        fill + -(-(compute + computed) // ranks),
         -(-_least_traffic(instance) // ranks),
     )
 

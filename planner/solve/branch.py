@@ -311,8 +311,9 @@ class Branches:
                 2
                 * (2 + self.problem.optimizer_slots)
                 / (device.memory_bandwidth * (device.update_efficiency or device.memory_efficiency))
-                for device in self.rates.devices
+                for device in self.rates.updaters
             ),
+            updates_compute=not self.problem.updates_on_host,
             recompute=self.problem.constraints.recompute,
         )
 

@@ -160,6 +160,7 @@ class Builder:
     def _pace(self, choice: Choice, tick: float) -> Pace:
         figures, problem, mesh = self.figures_of(choice), self.problem, self.mesh_of(choice)
         devices = [device for kind in mesh.kinds for device in kind.devices]
+        updaters = [device for kind in mesh.kinds for device in kind.updaters]
         tied_ranks = _tied_ranks(figures, choice.stage_ranks)
         tied = tied_seconds(figures, choice, mesh.link(*tied_ranks)) if tied_ranks else 0.0
         issue = min(device.instruction_overhead_seconds for device in devices)
@@ -176,13 +177,14 @@ class Builder:
             num_verdicts=problem.num_verdicts,
             verdict=round(problem.num_verdicts * self._verdict_seconds(choice) / tick),
             offloads_state=choice.offload_state,
+            updates_on_host=problem.updates_on_host,
             offloads_inputs=choice.offload_inputs,
             loads=any(figures.layer_batch_bytes) and (issue > 0 or slowest_host(devices) > 0),
             issue=round(issue / tick),
             tied_ranks=tied_ranks,
             tied=round(tied / tick),
             tied_update=round(
-                update_byte_seconds(devices, problem.optimizer_slots) * tied_part / tick
+                update_byte_seconds(updaters, problem.optimizer_slots) * tied_part / tick
             ),
         )
 

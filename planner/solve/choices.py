@@ -299,6 +299,8 @@ def _choices_of_mesh(
     partitions = [0, 3] if group_sizes else [0]
     if wanted.partition is not None:
         partitions = [wanted.partition] if group_sizes or not wanted.partition else []
+    if wanted.update_on_host:
+        partitions = [p for p in partitions if wanted.allows(p, offload_state=True)]
     recomputes = [False, True] if wanted.recompute is None else [wanted.recompute]
     for (size, count), stages_per_rank, partition, recompute in itertools.product(
         _batchings(problem, replicas, ranks), stages, partitions, recomputes
@@ -312,7 +314,7 @@ def _choices_of_mesh(
                 num_micro_batches=count,
                 partition=partition,
                 recompute=recompute,
-                offload_state=wanted.offload_state or False,
+                offload_state=wanted.offload_state or wanted.update_on_host or False,
                 offload_inputs=wanted.offload_inputs or False,
                 num_buffers=wanted.num_buffers or 2,
                 partition_group_size=group_sizes[0] if partition else 0,

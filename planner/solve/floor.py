@@ -97,7 +97,8 @@ def _least_time(
     mean = max(mean, min((compute + rebuilt) / ranks + moved[0], moved[1]))
     # Its updates take compute time too, but may fill the wait at its end.
     backs = np.concatenate([[0.0], np.cumsum(floors.backward)])[:ranks]
-    updated = start + shown + float(updates.sum()) / ranks - float(backs.mean())
+    computed = float(updates.sum()) * around.updates_compute
+    updated = start + shown + computed / ranks - float(backs.mean())
     # Of so many long layers some rank has its share, rounded up.
     shares = -(-np.arange(1, len(floors.falling) + 1) // ranks)
     least_wait = float((before + after).min())

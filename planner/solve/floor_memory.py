@@ -56,6 +56,8 @@ class Surroundings:
     """Of a byte of trainable parameters, whole."""
     recompute: bool | None
     """What the user demands of all stages."""
+    updates_compute: bool = True
+    """Whether updates take the time of compute, and not the host's."""
 
 
 def least_rebuilt(

@@ -96,7 +96,8 @@ def fullest_seconds(
     shown = compute + np.maximum(rebuilt, rest + waits.between[:, None])
     shown += waits.start + waits.before[:, None]
     shards = around.num_parts if options.partition else 1
-    updates = deal.sums(around.trainable_bytes * (around.update_seconds / shards))
+    per_byte = around.update_seconds / shards * around.updates_compute
+    updates = deal.sums(around.trainable_bytes * per_byte)
     # Its updates may fill the wait at its end.
     backs = np.concatenate([[0.0], np.cumsum(floors.backward)])[: deal.num_ranks, None]
     times = shown + np.maximum(waits.last, updates - backs)

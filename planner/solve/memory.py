@@ -87,6 +87,10 @@ class Held:
         return self.choice.num_replicas > 1
 
     @property
+    def updates_on_host(self) -> bool:
+        return self.problem.updates_on_host
+
+    @property
     def is_pipeline(self) -> bool:
         return self.choice.num_pipeline_ranks > 1
 

@@ -6,6 +6,7 @@ where that is the most, and the tables what is there then.
 This module knows the layered order. It does not know limits, nor how moments are compared.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +46,10 @@ def memory_tables(
         gather=held.table(held.weights),
         num_gather_buffers=buffers if held.gathers else 0,
         sums=held.table(0 if keeps_sums else held.trainable),
-        num_sum_buffers=buffers if held.reduces else 1,
-        alternates=held.reduces and not divides_gradients(choice.partition),
+        num_sum_buffers=buffers if held.reduces else 1 + held.updates_on_host,
+        alternates=(
+            not divides_gradients(choice.partition) if held.reduces else held.updates_on_host
+        ),
         stored=(_stored(held), _stored_inputs(held)),
         waiting=held.table(_waiting(held) if waits else 0),
         moments=(*_compute_moments(held), *_end_moments(held)),
@@ -73,8 +76,9 @@ def _state(held: Held, *, keeps_sums: bool) -> list[int]:
 
 def _waiting(held: Held) -> list[int]:
     """From a stage's backward to the end of the step, where updates stand there: its reduced
-    gradient, and the shard that has come for its gather."""
-    return total(held.reduced, held.shards) if held.choice.offload_state else held.reduced
+    gradient, and the shard that has come for its gather, unless the host has what it updates."""
+    keeps_shards = held.choice.offload_state and not held.updates_on_host
+    return total(held.reduced, held.shards) if keeps_shards else held.reduced
 
 
 def _stored(held: Held) -> Table:
@@ -154,9 +158,34 @@ def _compute_moments(held: Held) -> list[Moment]:
     ]
     if held.is_pipeline:
         found.append(moment(*before, pending=count, only="last"))
-    if held.choice.offload_state and count > 2 * LOOKAHEAD:
+    if held.choice.offload_state and not held.updates_on_host and count > 2 * LOOKAHEAD:
         found.append(_late_moment(held, *first))
+    if held.updates_on_host:
+        found += _gathering_moments(held, before[0], near)
     return found
+
+
+def _gathering_moments(held: Held, plain: Layers, near: Sequence[Near]) -> list[Moment]:
+    """While the shard of a stage is there for its gather, where its update needs none: before the
+    first forward of a rank, and before a backward that runs no forward again."""
+    crossings, in_flight = held.crossings, _in_flight(held)
+    ahead = min(held.choice.num_micro_batches, LOOKAHEAD + 1)
+    come = held.table(held.shards, entry=times(ahead, crossings.inputs))
+    shards = held.table(held.shards)
+    return [
+        Moment(
+            stored="nothing", own=(come, come), near=(Near(1, shards),), waiting=None, only="first"
+        ),
+        Moment(
+            stored="with own",
+            own=(
+                held.table(0, entry=in_flight, leave=plain),
+                held.table(0, entry=in_flight),
+            ),
+            near=(*near, Near(0, shards, num_buffers(held.choice))),
+            waiting=1 if held.problem.updates_wait else None,
+        ),
+    ]
 
 
 def _late_moment(held: Held, plain: Layers, again: Layers) -> Moment:
@@ -246,6 +275,8 @@ def _end_moments(held: Held) -> list[Moment]:
     """When a stage is done: its gradients are summed, and an update has its turn."""
     gradients = times(held.choice.num_micro_batches, held.crossings.gradients)
     waits, state = held.problem.updates_wait, _state_near(held, at_end=True)
+    leaving = [Near(2, held.table(held.reduced))] if held.updates_on_host and held.reduces else []
+    state = [*state, *([] if waits else leaving)]
 
     def moment(own: Table, *behind: Table, only: Literal["", "first", "last"] = "") -> Moment:
         return Moment(
@@ -259,7 +290,10 @@ def _end_moments(held: Held) -> list[Moment]:
     if waits:
         last = _last_update(held)
         return [moment(held.table(held.staging, entry=gradients), *_staged(held)), last]
-    update = _update_table(held, gradients)
+    none = [0] * held.figures.num_layers
+    update = held.table(none, entry=gradients)
+    if not held.updates_on_host:
+        update = _update_table(held, gradients)
     if not held.reduces:
         return [moment(update)]
     moved = total(held.reduced, held.staging)
@@ -270,6 +304,8 @@ def _end_moments(held: Held) -> list[Moment]:
         # The stage before was updated ahead of the last micro-batch.
         return [moment(summed), moment(held.table(0, entry=gradients), updated), first]
     behind = held.table(moved if num_buffers(held.choice) > 1 else held.reduced)
+    if held.updates_on_host:
+        return [moment(summed, behind)]
     return [moment(summed, behind), moment(summed, updated), first]
 
 
@@ -281,21 +317,30 @@ def _staged(held: Held) -> list[Table]:
 def _last_update(held: Held) -> Moment:
     """Where all updates stand at the end of the step: any of them, all gradients there."""
     own = _update_table(held, [0] * (held.figures.num_layers + 1))
+    if held.updates_on_host:
+        own = held.table(0)
     away = held.table(held.moments)
     return Moment(
         stored="nothing",
         own=(own, own),
-        near=(Near(0, away), Near(-1, away)) if held.choice.offload_state else (),
+        near=(
+            (Near(0, away), Near(-1, away))
+            if held.choice.offload_state and not held.updates_on_host
+            else ()
+        ),
         waiting=-held.choice.num_stages,
     )
 
 
 def _data_near(held: Held) -> list[Near]:
-    """What the stage before in backward still has on the device: its reduced gradient."""
+    """What the stage before in backward still has on the device: its reduced gradient; and the one
+    before that, while it goes down to an update on the host."""
     if not held.reduces:
         return []
+    leaving = held.updates_on_host and not held.problem.updates_wait
     reduced = [0] * held.figures.num_layers if held.problem.updates_wait else held.reduced
-    return [Near(1, held.table(total(reduced, held.staging)))]
+    found = [Near(1, held.table(total(reduced, held.staging)))]
+    return [*found, Near(2, held.table(held.reduced))] if leaving else found
 
 
 def _state_near(
@@ -312,9 +357,12 @@ def _state_near(
         return []
     if held.gathers:
         # Of the stages that are gathered again, until they are updated.
-        reach = range(-buffers - at_end, 1 - at_end)
+        # On the host: until the gather is over, which compute waits for.
+        reach = range(-buffers - at_end, 1 - (at_end or held.updates_on_host))
         found = [Near(distance, shards, buffers) for distance in reach]
-    if held.problem.updates_wait and (at_end or held.choice.stages_per_rank > 1):
+    if held.updates_on_host or (
+        held.problem.updates_wait and (at_end or held.choice.stages_per_rank > 1)
+    ):
         return found
     is_alone = held.choice.stages_per_rank == 1
     latest = 0 if is_alone else (1 if held.reduces else 0) - at_end

@@ -32,6 +32,8 @@ class RankKind:
     """Likewise inside their partition groups, all of them at work."""
     copy_link: Link
     """Likewise between those that have the same part, of all parts at once."""
+    updaters: tuple[Device, ...] = ()
+    """What updates their state: themselves, or their hosts."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,10 +65,13 @@ class Ground:
 
     cluster: Cluster
     memory_limit_bytes: int | None
+    updates_on_host: bool = False
     _hosts: _Ints = field(init=False)
     """By world rank."""
     _kinds: _Ints = field(init=False)
     """Kind of device by host: the first host that has it."""
+    _updaters: _Ints = field(init=False)
+    """The first host that updates as fast, by host; the device's kind where that updates."""
     _limits: _Ints = field(init=False)
     """Bytes by host."""
 
@@ -77,6 +82,11 @@ class Ground:
         self._kinds = np.array(
             [firsts.setdefault(id(host.device), index) for index, host in enumerate(hosts)]
         )
+        self._updaters = self._kinds
+        if self.updates_on_host:
+            rates: dict[tuple[float, float], int] = {}
+            keys = [(h.updater.memory_bandwidth, h.updater.kernel_overhead_seconds) for h in hosts]
+            self._updaters = np.array([rates.setdefault(key, i) for i, key in enumerate(keys)])
         self._limits = np.array(
             [
                 host.device.usable_bytes
@@ -88,7 +98,11 @@ class Ground:
 
     @classmethod
     def of(cls, problem: Problem) -> "Ground":
-        return cls(cluster=problem.cluster, memory_limit_bytes=problem.memory_limit_bytes)
+        return cls(
+            cluster=problem.cluster,
+            memory_limit_bytes=problem.memory_limit_bytes,
+            updates_on_host=problem.updates_on_host,
+        )
 
     def mesh(self, grid: Grid) -> Mesh:
         """Where the grid puts every replica of every rank."""
@@ -105,7 +119,8 @@ class Ground:
             if grid.num_parts < grid.num_replicas:
                 groups = members.reshape(-1, grid.num_parts)
                 links[1:] = self._group_link(groups, used), self._group_link(groups.T, used)
-            key = (devices, *links)
+            updaters = tuple(np.unique(self._updaters[used]).tolist())
+            key = (devices, *links, updaters)
             if key not in kinds:
                 kinds[key] = len(found)
                 found.append(
@@ -114,6 +129,7 @@ class Ground:
                         group_link=links[0],
                         part_link=links[1],
                         copy_link=links[2],
+                        updaters=tuple(map(self._updater, updaters)),
                     )
                 )
             rank_kinds.append(kinds[key])
@@ -125,6 +141,10 @@ class Ground:
             limit_bytes=tuple(limits),
             collectives=self.cluster.collectives,
         )
+
+    def _updater(self, index: int) -> Device:
+        host = self.cluster.hosts[index]
+        return host.updater if self.updates_on_host else host.device
 
     def _group_link(self, groups: _Ints, hosts: _Ints) -> Link:
         """Between the members of groups (rows) that work at once; each sends to the next one."""

@@ -44,13 +44,14 @@ def plainer(best: Best, builder: Builder, wanted: Constraints) -> Iterator[Trial
 
 def _choices(choice: Choice, wanted: Constraints) -> Iterator[Choice]:
     """With less of one thing each."""
-    if choice.offload_state and wanted.offload_state is None:
+    if choice.offload_state and wanted.allows(choice.partition, offload_state=False):
         yield dataclasses.replace(choice, offload_state=False)
     if choice.offload_inputs and wanted.offload_inputs is None:
         yield dataclasses.replace(choice, offload_inputs=False)
-    for partition in range(choice.partition if wanted.partition is None else 0):
-        size = choice.partition_group_size if partition else 0
-        yield dataclasses.replace(choice, partition=partition, partition_group_size=size)
+    for partition in range(choice.partition):
+        if wanted.allows(partition, offload_state=choice.offload_state):
+            size = choice.partition_group_size if partition else 0
+            yield dataclasses.replace(choice, partition=partition, partition_group_size=size)
     if wanted.stages_per_rank is None and not choice.assignment:
         for number in sorted({1, choice.stages_per_rank // 2, choice.stages_per_rank - 1} - {0}):
             if number < choice.stages_per_rank:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from planner.cluster.types import Cluster
 from planner.graph import LayerGraph
+from planner.partitions import updates_on_host
 from planner.profile import Profile
 from planner.schedules import Schedule
 
@@ -40,6 +41,14 @@ class Constraints:
     """`planner.solve` knows the layered one alone."""
     modular: Literal[True] | None = None
     """Stage s on pipeline rank s mod P, and as many on every rank."""
+    update_on_host: Literal[True] | None = None
+    """Updates run on the host, so that shards and optimizer state stay there."""
+
+    def allows(self, partition: int, *, offload_state: bool) -> bool:
+        """Whether the state may live so."""
+        if self.update_on_host and not updates_on_host(partition, offload_state=offload_state):
+            return False
+        return self.partition in (None, partition) and self.offload_state in (None, offload_state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +83,10 @@ class Problem:
     """For the search, simulations included; tracing and profiling the micro-batch sizes, which a
     model of a hundred layers needs seconds for, is not."""
     seed: int = 0
+
+    @property
+    def updates_on_host(self) -> bool:
+        return self.constraints.update_on_host is True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,10 +151,13 @@ class TableMaker:
         )
 
     def _state_bytes(self) -> tuple[list[int], list[int]]:
-        """Per layer: moments, and the shard where weights are gathered for passes."""
+        """Per layer: moments, or the gradients that go down to updates on the host; and the shard
+        where weights are gathered for passes."""
         choice, parameters = self.choice, self._parameters
         shards = per_shard(parameters.trainable_bytes, choice)
         moments = [self.problem.optimizer_slots * num_bytes for num_bytes in shards]
+        if self.problem.updates_on_host:
+            moments = reduced_bytes(parameters.trainable_bytes, choice)
         if not gathers_for_passes(choice.partition, offload_state=choice.offload_state):
             return moments, [0] * len(moments)
         return moments, per_shard(parameters.shard_bytes, choice)
@@ -165,8 +168,8 @@ class TableMaker:
         num_bytes, tied = parameters.trainable_bytes, parameters.tied_trainable_bytes
         if self.ties_end:
             num_bytes = tuple(whole - part for whole, part in zip(num_bytes, tied, strict=True))
-        floor = max(update_seconds(0, device, slots) for device in self.kind.devices)
-        per_byte = update_byte_seconds(self.kind.devices, slots)
+        floor = max(update_seconds(0, device, slots) for device in self.kind.updaters)
+        per_byte = update_byte_seconds(self.kind.updaters, slots)
         parts = per_shard(num_bytes, self.choice)
         return _scaled(per_byte, parts), floor if all(num_bytes) else 0.0
 

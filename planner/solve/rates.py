@@ -88,6 +88,13 @@ class Rates:
             left -= host.num_devices
         return list(kinds.values())
 
+    @cached_property
+    def updaters(self) -> Sequence[Device]:
+        """What may update the state: those devices, or their hosts."""
+        if not self.problem.updates_on_host:
+            return self.devices
+        return [host.updater for host in self.problem.cluster.hosts]
+
     def learn(self, size: int) -> None:
         """Take the figures of a size from its profile."""
         if size in self.known:

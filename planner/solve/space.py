@@ -49,15 +49,18 @@ def batchings(problem: Problem, num_layers: int) -> list[Batching]:
         UsageError: there is none.
     """
     found = [
-        Batching(
-            num_replicas=replicas,
-            num_pipeline_ranks=ranks,
-            micro_batch_size=size,
-            num_micro_batches=count,
-        )
+        batching
         for replicas, size, count in _batches(problem)
         for ranks in _ranks(problem, replicas, num_layers)
-        if _may_partition(problem, replicas, ranks)
+        if all_options(
+            problem,
+            batching := Batching(
+                num_replicas=replicas,
+                num_pipeline_ranks=ranks,
+                micro_batch_size=size,
+                num_micro_batches=count,
+            ),
+        )
     ]
     if not found:
         raise UsageError(
@@ -67,11 +70,6 @@ def batchings(problem: Problem, num_layers: int) -> list[Batching]:
             "divide it)",
         )
     return found
-
-
-def _may_partition(problem: Problem, replicas: int, ranks: int) -> bool:
-    """Whether the mesh can have the partition that is demanded, if any."""
-    return not problem.constraints.partition or bool(_group_sizes(problem, replicas, ranks))
 
 
 def _group_sizes(problem: Problem, replicas: int, ranks: int) -> list[int]:
@@ -124,9 +122,7 @@ def all_options(problem: Problem, batching: Batching) -> list[Options]:
         for state, inputs, (partition, size) in itertools.product(
             (False, True), (False, True), partitions
         )
-        if wanted.partition in (None, partition)
-        and wanted.offload_state in (None, state)
-        and wanted.offload_inputs in (None, inputs)
+        if wanted.allows(partition, offload_state=state) and wanted.offload_inputs in (None, inputs)
     ]
 
 

@@ -42,7 +42,8 @@ class StageTicks(NamedTuple):
     shard: Ticks = 0
     """To bring its shard of the weights to the device, or back."""
     moments: Ticks = 0
-    """The same for the optimizer's state."""
+    """The same for the optimizer's state; where it is updated on the host, to bring the gradient
+    there."""
     read: Ticks = 0
     """Of its gradients, to judge them before any update."""
     sending: Ticks = 0
@@ -73,6 +74,8 @@ class Pace:
     updates_wait: bool = False
     """All updates stand at the end of the step."""
     offloads_state: bool = False
+    updates_on_host: bool = False
+    """State stays there, and updates run beside compute."""
     offloads_inputs: bool = False
     loads: bool = False
     """Batch keys take time on their way to the device."""
@@ -106,6 +109,11 @@ class Pace:
             "returning": self.issue > 0,
         }
         return frozenset(name for name, is_used in plays.items() if is_used)
+
+    @property
+    def fetches_state(self) -> bool:
+        """For updates on the device."""
+        return self.offloads_state and not self.updates_on_host
 
     @cached_property
     def updates_early(self) -> bool:

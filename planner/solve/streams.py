@@ -4,6 +4,8 @@ It follows the places that `planner.lower` gives them in the layered order. A ga
 buffer is free, a reduction when its stage is done; both queue on the rank's data stream. An update
 stands behind its stage, or with replicas behind the next one, so that the reduction hides. A state
 in host memory is fetched one gather and one update ahead, over a stream of its own for each way.
+Where it is updated there, each gradient goes down in the place of the update, which is issued with
+the next one and runs beside compute, on a stream of the host.
 This module knows the order of a rank's work. It does not know how long any of it takes.
 """
 
@@ -38,6 +40,7 @@ class Streams:
         """The same for backward, unless they are there still."""
         self.reduced: dict[int, Ticks] = {}
         self._data, self._in, self._out = zeros.copy(), zeros.copy(), zeros.copy()
+        self._host = zeros.copy()
         self._shards: dict[int, Ticks] = {}
         """Per stage: when its shard has come from the host for the next gather."""
         self._state: dict[int, Ticks] = {}
@@ -46,7 +49,7 @@ class Streams:
         """Per stage: until when what stands behind it holds up its rank."""
         self._closed: dict[int, Ticks] = {}
         self._left: dict[int, Ticks] = {}
-        """Per stage: when its updated state has gone to the host."""
+        """Per stage: when its updated state, or its gradient, has gone to the host."""
         self._links: dict[tuple[int, int], Ticks] = {}
         """Per pair of ranks: when the last message of the one to the other has come."""
         if pace.gathers:
@@ -140,7 +143,7 @@ class Streams:
     def after_backward(self, stage: int, opened: Ticks, closed: Ticks) -> None:
         """The gather into its buffer, its reduction, and the update that has its turn."""
         pace, rank, latest = self._pace, self._pace.stage_ranks[stage], self._latest
-        if pace.offloads_state and pace.own[rank][-1] not in self._state:
+        if pace.fetches_state and pace.own[rank][-1] not in self._state:
             self._fetch_first(rank, stage, opened)
         taker = pace.takes_back[stage] if pace.gathers else -1
         issued = closed + pace.issue if pace.gathers else closed
@@ -156,8 +159,29 @@ class Streams:
             self.held[rank] = issued = issued + pace.issue
             moved = latest(issued, self._data[rank]) + self._stages[stage].reduce
             self._data[rank] = self.reduced[stage] = moved
-        if not (pace.updates_wait or pace.updates_early):
-            self._update(rank, pace.following[stage] if pace.reduces else stage)
+        ready = pace.following[stage] if pace.reduces else stage
+        if pace.updates_on_host:
+            self._send_down(rank, ready)
+        elif not (pace.updates_wait or pace.updates_early):
+            self._update(rank, ready)
+
+    def _send_down(self, rank: int, stage: int) -> None:
+        """The gradient of a stage, if there is one, behind the update of the one before."""
+        if stage < 0:
+            return
+        pace, latest, before = self._pace, self._latest, self._pace.following[stage]
+        if before >= 0 and not pace.updates_wait:
+            self._update_on_host(rank, before)
+        if pace.reduces:
+            self.held[rank] = latest(self.held[rank], self.reduced[stage])
+        started = latest(self.held[rank], self._out[rank])
+        self._out[rank] = self._left[stage] = started + self._stages[stage].moments
+
+    def _update_on_host(self, rank: int, stage: int) -> None:
+        """Issued when the gradient is there."""
+        self.held[rank] = self._latest(self.held[rank], self._left[stage])
+        started = self._latest(self.held[rank], self._host[rank])
+        self._host[rank] = started + self._stages[stage].update
 
     def update_early(self, stage: int, opened: Ticks, almost: Ticks) -> Ticks:
         """Of the stage before in backward, when all but one micro-batch of this one are done."""
@@ -224,12 +248,15 @@ class Streams:
     def _fetch_seconds(self) -> None:
         """At the end of the step, what the second update needs does not wait for the verdict."""
         for rank, own in enumerate(self._pace.own):
-            if self._pace.offloads_state and len(own) > 1:
+            if self._pace.fetches_state and len(own) > 1:
                 self._fetch_state(rank, own[-2], self.held[rank])
 
     def end(self) -> Ticks:
         """After the updates that are still open: the end of the step."""
         pace, latest = self._pace, self._latest
+        if pace.updates_on_host and pace.reduces:
+            for rank, own in enumerate(pace.own):
+                self._send_down(rank, own[0])
         if pace.updates_wait:
             self._fetch_seconds()
             reads = [sum(self._stages[stage].read for stage in own) for own in pace.own]
@@ -239,15 +266,23 @@ class Streams:
         joined = [self.held[rank] for rank in pace.tied_ranks]
         joined += [self._data[rank] for rank in pace.tied_ranks] if pace.reduces else []
         for rank, own in enumerate(pace.own):
-            waiting = own if pace.updates_wait else own[:1] if pace.reduces else ()
+            is_late = pace.reduces or pace.updates_on_host
+            waiting = own if pace.updates_wait else own[:1] if is_late else ()
             for stage in reversed(waiting):
-                self._update(rank, stage)
+                if pace.updates_on_host:
+                    self._update_on_host(rank, stage)
+                else:
+                    self._update(rank, stage)
         last = [*self.held]
         if joined:
             # Of all updates that wait for the end, that of the tied weights is the last.
             added = latest(*joined) + pace.tied
-            updated = [self.held[rank] for rank in pace.tied_ranks]
+            updated = [
+                (self._host if pace.updates_on_host else self.held)[rank]
+                for rank in pace.tied_ranks
+            ]
             last.append(latest(added, *updated) + pace.tied_update)
         last += self._data if pace.gathers_updated else []
         last += self._out if pace.offloads_state else []
+        last += self._host if pace.updates_on_host else []
         return latest(*last) if len(last) > 1 else last[0]

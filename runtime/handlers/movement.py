@@ -7,6 +7,7 @@ import torch
 from planner.compute_type import cast_tensor
 from planner.plan.names import kind_of
 from planner.plan.types import Instruction
+from runtime.handlers.host_update import evict_gradient
 from runtime.handlers.words import describe, tensor_of
 from runtime.layout import dense_stride, empty, flat
 from runtime.state import RankState
@@ -47,6 +48,9 @@ def fetch(rank: RankState, instruction: Instruction) -> None:
 
 def evict(rank: RankState, instruction: Instruction) -> None:
     (source,), (target,) = instruction.reads, instruction.writes
+    if target.startswith("host:reduced:"):
+        evict_gradient(rank, instruction)
+        return
     rank.buffers.pending(instruction, rank.host.keep(target, rank.value(source)))
 
 

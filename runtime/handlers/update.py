@@ -8,13 +8,13 @@ units the lowest rank's.
 """
 
 import torch
-from torch import Tensor
 
 from planner.plan.names import kind_of
 from planner.plan.types import Instruction
+from runtime.handlers.host_update import update_on_host
+from runtime.handlers.squares import square
 from runtime.handlers.words import describe
 from runtime.hooks import not_finite
-from runtime.shards import UnitState
 from runtime.state import RankState
 from runtime.transport import Then
 
@@ -44,7 +44,7 @@ def clip(rank: RankState, instruction: Instruction) -> None:
     assert limit is not None, "CLIP in a plan without clip_norm"
     squares = torch.zeros(1, dtype=torch.float64, device=rank.device)
     for state, gradient in rank.gradients(instruction):
-        squares += _square(rank, state, gradient)
+        squares += square(rank, state, gradient)
     for name in instruction.reads:
         if kind_of(name) == "square":
             squares += rank.buffers[name]
@@ -63,6 +63,9 @@ def clip(rank: RankState, instruction: Instruction) -> None:
 
 
 def update(rank: RankState, instruction: Instruction) -> None:
+    if instruction.stream == "host":
+        update_on_host(rank, instruction)
+        return
     state = rank.unit(instruction)
     ((_, reduced),) = rank.gradients(instruction)
     gradient = state.my_part(reduced)
@@ -74,7 +77,7 @@ def update(rank: RankState, instruction: Instruction) -> None:
     optimizer = rank.optimizers[state.unit.name]
     for name in instruction.writes:
         if kind_of(name) == "square":
-            rank.buffers[name] = _square(rank, state, reduced)
+            rank.buffers[name] = square(rank, state, reduced)
     if "finite" not in instruction.reads or rank.is_finite is None or rank.is_finite():
         for name in ("scale", "clip:scale"):
             if name in instruction.reads:
@@ -91,19 +94,3 @@ def update(rank: RankState, instruction: Instruction) -> None:
 def save(rank: RankState, instruction: Instruction) -> None:
     for source in instruction.reads:
         rank.buffers.pending(instruction, rank.host.keep(f"host:{source}", rank.value(source)))
-
-
-def _square(rank: RankState, state: UnitState, gradient: Tensor) -> Tensor:
-    """The sum of the squares of this rank's part of a unit's gradient; 0 where another's counts."""
-    is_first = rank.rank == state.unit.ranks[0]
-    num_counted = rank.plan.num_parts if state.divides_gradients else 1
-    if is_first and rank.replica < num_counted:
-        return _norm(gradient).double().square()
-    return torch.zeros((), dtype=torch.float64, device=rank.device)
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    """In 32 bits at least."""
-    is_half = gradient.dtype in (torch.float16, torch.bfloat16)
-    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32 if is_half else None)
-    return norm

@@ -203,6 +203,8 @@ class Facts:
     def transient_bytes(self, rank: int, index: int) -> int:
         """What a compute instruction takes while it runs, besides what it makes for others."""
         instruction = self.plan.programs[rank][index]
+        if instruction.stream == "host":
+            return 0
         if instruction.opcode is Opcode.UPDATE and instruction.unit is not None:
             return self.units[instruction.unit].update_transient_bytes
         if instruction.opcode not in COMPUTE or instruction.stage is None:

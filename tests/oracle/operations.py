@@ -3,8 +3,9 @@
 A content is a tuple: ("value", buffer) for what the buffer's name says; ("state", unit) and
 ("updated", unit) for shard, moments and weights before and after UPDATE; ("weights", unit);
 ("torn", unit) for whole weights of which a replica has updated its own part;
-("gradient", tensor, micro-batch, stages that have added to it); and ("part" | "sum" | "reduced",
-unit, contributions), a contribution being (stage, micro-batch) and their order that of adding.
+("gradient", tensor, micro-batch, stages that have added to it); and ("part" | "sum" | "reduced"
+| "leaving", unit, contributions), a contribution being (stage, micro-batch) and their order that of
+adding; what is leaving is on the host.
 """
 
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,8 @@ def operate(facts: Facts, rank: int, instruction: Instruction, held: Held) -> He
             return {}
         case Opcode.LOAD:
             return _named(instruction.writes)
+        case Opcode.EVICT if kind_of(instruction.writes[0].removeprefix("host:")) == "reduced":
+            return _gradient_leaves(facts, instruction, held)
         case Opcode.SEND | Opcode.FETCH | Opcode.EVICT:
             (source,) = instruction.reads
             return dict.fromkeys(instruction.writes or ("sent",), held[source])
@@ -96,8 +99,9 @@ def _of_unit(facts: Facts, unit: Unit, instruction: Instruction, held: Held) -> 
             for buffer in sorted(instruction.reads):  # what was reduced before stands first
                 added += _take(held, buffer, unit)
             return dict.fromkeys(instruction.writes, ("reduced", unit.name, added))
+    place = "host:" if facts.plan.options.update_on_host else ""
     for buffer in (shard, moments):
-        _need(held, buffer, ("state", unit.name))
+        _need(held, place + buffer, ("state", unit.name))
     if not facts.plan.gathers:
         _need(held, f"weights:{unit.name}", ("weights", unit.name))
     del held[_whole_gradient(facts, unit, instruction, held)]
@@ -163,6 +167,8 @@ def _sum(instruction: Instruction, unit: Unit, buffer: str, added: Added, held: 
 def _whole_gradient(facts: Facts, unit: Unit, instruction: Instruction, held: Held) -> str:
     """The buffer with the unit's gradient: of every stage and micro-batch, each once."""
     kind = "reduced" if facts.is_reduced(unit) else "sum"
+    if facts.plan.options.update_on_host and instruction.opcode is Opcode.UPDATE:
+        kind = "leaving"
     wanted = [(s, m) for s in unit.stages for m in range(facts.plan.num_micro_batches)]
     for buffer in instruction.reads:
         if held[buffer][:2] == (kind, unit.name):
@@ -170,6 +176,17 @@ def _whole_gradient(facts: Facts, unit: Unit, instruction: Instruction, held: He
                 raise Wrong("gradient", f"{instruction.opcode} finds {held[buffer]}")
             return buffer
     raise Wrong("gradient", f"{instruction.opcode} finds no gradient of {unit.name}")
+
+
+def _gradient_leaves(facts: Facts, instruction: Instruction, held: Held) -> Held:
+    """What has been added so far; it stays for verdicts that wait for all gradients."""
+    unit, (source,) = facts.units[instruction.unit or ""], instruction.reads
+    before = held[source]
+    added = _take(held, source, unit)
+    options = facts.plan.options
+    if options.check_finite or (options.clip_norm is not None and not options.clip_delayed):
+        held[source] = before
+    return dict.fromkeys(instruction.writes, ("leaving", unit.name, added))
 
 
 def _take(held: Held, buffer: str, unit: Unit) -> Added:

@@ -60,7 +60,7 @@ def _well_formed(facts: Facts, rank: int, instruction: Instruction) -> bool:
     reads, writes = instruction.reads, instruction.writes
     if len(set(reads)) < len(reads) or len(set(writes)) < len(writes):
         return False
-    if instruction.stream != _stream(instruction):
+    if instruction.stream != _stream(facts, instruction):
         return False
     names_of_sums = {b for b in reads if kind_of(b) == "sum"}
     if instruction.opcode in BACKWARDS:
@@ -78,8 +78,10 @@ def _pooled(facts: Facts, buffer: str) -> str:
     return kind if kind == "sum" or (kind == "weights" and facts.plan.gathers) else buffer
 
 
-def _stream(instruction: Instruction) -> str:
+def _stream(facts: Facts, instruction: Instruction) -> str:
     match instruction.opcode:
+        case Opcode.UPDATE if facts.plan.options.update_on_host:
+            return "host"
         case Opcode.SEND:
             return f"to.{instruction.peer}"
         case Opcode.RECEIVE:
@@ -134,7 +136,11 @@ def _copy(facts: Facts, instruction: Instruction) -> list[Operands]:
     found = _movable(facts, instruction)
     if instruction.opcode is Opcode.FETCH:
         return [([f"host:{b}"], [b]) for b in found]
-    return [([b], [f"host:{b}"]) for b in found]
+    unit = facts.units.get(instruction.unit or "")
+    options: list[Operands] = [([b], [f"host:{b}"]) for b in found]
+    if unit is not None and facts.plan.options.update_on_host:
+        options.append(([_source(facts, unit)], [f"host:reduced:{unit.name}"]))
+    return options
 
 
 def _release(facts: Facts, instruction: Instruction) -> list[Operands]:
@@ -219,6 +225,9 @@ def _of_unit(facts: Facts, instruction: Instruction) -> list[Operands]:
     scale = "clip:scale" if delayed else "scale"
     verdicts += [scale] * (plan.options.clip_norm is not None)
     squares = [f"square:{unit.name}"] * delayed
+    if plan.options.update_on_host:
+        state = [f"host:{buffer}" for buffer in state]
+        return [([f"host:{reduced}", *state, *verdicts], [*state, *squares])]
     return [([_source(facts, unit), *state, *verdicts], [*state, *squares])]
 
 
