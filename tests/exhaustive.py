@@ -28,7 +28,11 @@ __all__ = ["Small", "best_seconds", "placements", "random_problem", "simulator"]
 
 _Value = TypeVar("_Value")
 MAX_BUFFERS = 3
-DEMANDS = tuple(field.name for field in dataclasses.fields(Constraints) if field.name != "schedule")
+DEMANDS = tuple(
+    field.name
+    for field in dataclasses.fields(Constraints)
+    if field.name not in ("schedule", "update_on_host")
+)
 STAGES = ("modular", "stages_per_rank", "num_pipeline_ranks")
 
 
@@ -41,12 +45,14 @@ class Small:
     simulated: dict[Placement, Simulated]
 
 
-def random_problem(seed: int, max_placements: int, *, assigned: bool = False) -> Small:
+def random_problem(
+    seed: int, max_placements: int, *, assigned: bool = False, on_host: bool = False
+) -> Small:
     """A chain of up to 10 unequal layers on up to 4 devices, its memory often tight.
 
     Demands are added until at most `max_placements` are left; a fresh seed demands other things.
     With `assigned`, stages are free to be on any ranks of at least two, and the first and the last
-    layer often share weights; of 3 to 5 layers then.
+    layer often share weights; of 3 to 5 layers then. With `on_host` updates run there.
     """
     generator = random.Random(seed)
     num_layers = generator.randint(3, 5) if assigned else generator.randint(1, 10)
@@ -56,6 +62,9 @@ def random_problem(seed: int, max_placements: int, *, assigned: bool = False) ->
     names = [name for name in DEMANDS if not (assigned and name in STAGES)]
     generator.shuffle(names)
     wanted: dict[str, int | bool] = {}
+    if on_host:
+        wanted = {"update_on_host": True, "offload_state": True}
+        names.remove("offload_state")
     if assigned:
         wanted["num_pipeline_ranks"] = min(generator.randint(2, 3), problem.num_devices)
     while True:
@@ -112,7 +121,9 @@ def best_seconds(small: Small, *, modular: bool = False) -> float:
 def simulator(problem: Problem) -> Callable[[Placement], Simulated]:
     """Lower and simulate, each placement once."""
     options = PlanOptions(
-        optimizer_slots=problem.optimizer_slots, check_finite=problem.updates_wait
+        optimizer_slots=problem.optimizer_slots,
+        check_finite=problem.updates_wait,
+        update_on_host=problem.updates_on_host,
     )
 
     @cache
@@ -185,7 +196,8 @@ def _of_mesh(
     assignments: Iterable[tuple[int, ...]],
 ) -> Iterator[Placement]:
     replicas, ranks, size, count = mesh
-    partitions = _allowed(wanted.partition, range(4) if replicas > 1 else (0,))
+    levels = (0, 3) if wanted.update_on_host else range(4)
+    partitions = _allowed(wanted.partition, levels if replicas > 1 else (0,))
     offloads = list(
         itertools.product(
             _allowed(wanted.offload_state, (False, True)),

@@ -258,5 +258,6 @@ def _side_rows(side: Side) -> dict[str, str]:
         "partition": str(plan.partition),
         "recompute": _recompute_text(recompute) if any(recompute) else "none",
         "state": "in host memory" if plan.offload_state else "on the device",
+        "updates": "on the host" if plan.options.update_on_host else "on the device",
         "largest stage": f"{max(len(stage.layers) for stage in plan.stages)} layers",
     }
