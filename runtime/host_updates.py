@@ -1,4 +1,4 @@
-"""A thread for updates on the host, so that compute goes on meanwhile.
+"""The thread of updates on the host, so that compute goes on meanwhile.
 
 It runs what it is given, one thing at a time and in order, so results do not depend on when. This
 module knows jobs and errors. It does not know what a job does.

@@ -31,7 +31,7 @@ MAX_BUFFERS = 3
 DEMANDS = tuple(
     field.name
     for field in dataclasses.fields(Constraints)
-    if field.name not in ("schedule", "partition_within")
+    if field.name not in ("schedule", "partition_within", "update_on_host")
 )
 STAGES = ("modular", "stages_per_rank", "num_pipeline_ranks")
 
@@ -46,14 +46,19 @@ class Small:
 
 
 def random_problem(
-    seed: int, max_placements: int, *, assigned: bool = False, grouped: bool = False
+    seed: int,
+    max_placements: int,
+    *,
+    assigned: bool = False,
+    grouped: bool = False,
+    on_host: bool = False,
 ) -> Small:
     """A chain of up to 10 unequal layers on up to 4 devices, its memory often tight.
 
     Demands are added until at most `max_placements` are left; a fresh seed demands other things.
     With `assigned`, stages are free to be on any ranks of at least two, and the first and the last
     layer often share weights; of 3 to 5 layers then. With `grouped`, most states are partitioned
-    inside groups of the four replicas, on several hosts.
+    inside groups of the four replicas, on several hosts. With `on_host` updates run there.
     """
     generator = random.Random(seed)
     num_layers = generator.randint(3, 5) if assigned else generator.randint(1, 10)
@@ -67,6 +72,8 @@ def random_problem(
         wanted |= {} if within is None else {"partition_within": within}
         wanted["partition"] = generator.choice([1, 2, 3])
         wanted["num_replicas"] = 4
+    if on_host:
+        wanted |= {"update_on_host": True, "offload_state": True}
     names = [name for name in DEMANDS if not (assigned and name in STAGES) and name not in wanted]
     generator.shuffle(names)
     if assigned:
@@ -141,7 +148,9 @@ def best_seconds(small: Small, *, modular: bool = False) -> float:
 def simulator(problem: Problem) -> Callable[[Placement], Simulated]:
     """Lower and simulate, each placement once."""
     options = PlanOptions(
-        optimizer_slots=problem.optimizer_slots, check_finite=problem.updates_wait
+        optimizer_slots=problem.optimizer_slots,
+        check_finite=problem.updates_wait,
+        update_on_host=problem.updates_on_host,
     )
 
     @cache
@@ -241,7 +250,8 @@ def _of_mesh(
     assignments: Iterable[tuple[int, ...]],
 ) -> Iterator[Placement]:
     replicas, ranks, size, count = mesh
-    partitions = _allowed(wanted.partition, range(4) if replicas > 1 else (0,))
+    levels = (0, 3) if wanted.update_on_host else range(4)
+    partitions = _allowed(wanted.partition, levels if replicas > 1 else (0,))
     offloads = list(
         itertools.product(
             _allowed(wanted.offload_state, (False, True)),

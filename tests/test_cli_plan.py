@@ -304,6 +304,42 @@ def test_a_delayed_norm_needs_a_norm_and_no_check(
     assert not list(folder.glob("*.plan.yaml"))
 
 
+@pytest.mark.parametrize(
+    "options", [("--gpus", "1"), ("--gpus", "2", "--replicas", "2", "--partition", "3")]
+)
+def test_updates_may_run_on_the_host(folder: Path, options: tuple[str, ...]) -> None:
+    made = plan(*options, "--update-on", "host", "--batch-size", "4")
+    assert made.exit_code == 0, made.output
+    written = read_plan(folder / "small.plan.yaml")
+    assert written.options.update_on_host
+    assert written.offload_state
+    updates = [i for p in written.programs for i in p if i.opcode is Opcode.UPDATE]
+    assert {i.stream for i in updates} == {"host"}
+    assert run(check_command, "small.plan.yaml").exit_code == 0
+    assert run(show_command, "small.plan.yaml").exit_code == 0
+    made = plan(*options, "--update-on", "device", "--batch-size", "4")
+    assert made.exit_code == 0, made.output
+    assert not read_plan(folder / "small.plan.yaml").options.update_on_host
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--no-offload-state",), "no offload of the state"),
+        (("--replicas", "2", "--partition", "1"), "partition 1, whose weights"),
+        (("--replicas", "2", "--partition", "2"), "partition 2, whose weights"),
+        (("--schedule", "1f1b", "--pipeline-ranks", "2"), "--update-on host"),
+    ],
+)
+def test_updates_on_the_host_need_the_state_there(
+    folder: Path, options: tuple[str, ...], words: str
+) -> None:
+    refused = plan("--gpus", "2", "--update-on", "host", *options)
+    assert refused.exit_code == 2, refused.output
+    assert words in " ".join(refused.output.split())
+    assert not list(folder.glob("*.plan.yaml"))
+
+
 @pytest.mark.parametrize("norm", ["0", "-1", "nan", "inf", "much"])
 def test_a_norm_is_a_finite_number_above_zero(folder: Path, norm: str) -> None:
     refused = plan("--gpus", "2", "--clip-norm", norm)

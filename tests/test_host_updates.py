@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from commands import command
 from half import HALF, options_of
 from planned import Chain, model_of, plan_of
 from stepping import batches, on_every_rank
 from test_memory_run import measured, uncounted_bytes, without_batch
 from torch import Tensor, nn
+from training import EXAMPLES, even_plan
 
 from planner.errors import DeadlineError, UsageError
 from planner.model_file import ModelFile
+from planner.plan.file import write_plan
 from planner.plan.types import Plan, PlanOptions
 from planner.simulate.memory import worst_moments
 from runtime.build import make_executor
@@ -24,6 +27,7 @@ from runtime.host_updates import HostUpdates
 from runtime.local import LocalTransport, run_local
 
 NUM_STEPS = 3
+MLP = str(EXAMPLES / "mlp.py")
 
 
 def block() -> nn.Module:
@@ -372,3 +376,24 @@ def test_neither_moments_nor_shards_stay_on_the_device() -> None:
         return sum(tensor.nbytes for tensor in executor.resident_tensors())
 
     assert on_every_rank(made, MODEL, run)[0] <= pools + 64
+
+
+def test_planned_and_run_by_commands(tmp_path: Path) -> None:
+    """The weights of both ways are the same to the last bit, with files and without."""
+    device = even_plan("mlp", stages_per_rank=2, num_micro_batches=2, offload_state=True)
+    write_plan(device, tmp_path / "device.yaml")
+    made = command(
+        tmp_path, "lga-plan", MLP, "--gpus", "1", "--cluster", "cpu", "--time-limit", "2",
+        "--global-batch", "4", "--micro-batches", "2", "--stages-per-rank", "2",
+        "--update-on", "host", "--output", "host.yaml",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    states = []
+    for place, more in (("device", ()), ("host", ()), ("host", ("--offload-folder", "there"))):
+        words = ("--steps", "3", "--save", "it.pt", *more)
+        found = command(tmp_path, "lga-run", f"{place}.yaml", MLP, *words)
+        assert found.returncode == 0, found.stderr
+        states.append(torch.load(tmp_path / "it.pt", weights_only=True))
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())

@@ -43,6 +43,11 @@ def test_optimum_of_many_small_problems_in_groups(seed: int) -> None:
     check(random_problem(seed, max_placements=600, grouped=True))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_optimum_with_updates_on_the_host(seed: int) -> None:
+    check(random_problem(seed, max_placements=150, on_host=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 400))
 def test_optimum_of_many_small_problems(seed: int) -> None:

@@ -187,7 +187,7 @@ def _updates(plan: Plan, durations: Durations) -> list[float]:
     """Seconds that each stage's updates take, where they stand right behind its last backward."""
     found = [0.0] * plan.num_stages
     options = plan.options
-    if plan.num_replicas > 1 or options.updates_wait:
+    if plan.num_replicas > 1 or options.updates_wait or options.update_on_host:
         return found
     stages = {unit.name: unit.stages for unit in plan.units}
     order = partial_order(plan)

@@ -262,5 +262,6 @@ def _side_rows(side: Side) -> dict[str, str]:
         "partition": partition_text(plan.partition, plan.partition_group_size),
         "recompute": _recompute_text(recompute) if any(recompute) else "none",
         "state": "in host memory" if plan.offload_state else "on the device",
+        "updates": "on the host" if plan.options.update_on_host else "on the device",
         "largest stage": f"{max(len(stage.layers) for stage in plan.stages)} layers",
     }

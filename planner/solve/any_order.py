@@ -79,7 +79,10 @@ def _least_of_batching(
         seconds = (
             start + whole + (0.0 if halves_backward else last),
             # Updates take compute time too, but may fill the wait at a rank's end.
-            start + compute + float(ahead[:ranks].mean()) + float(updates.sum()) / ranks,
+            start
+            + compute
+            + float(ahead[:ranks].mean())
+            + float(updates.sum()) * around.updates_compute / ranks,
             # No gradient is there before a micro-batch has been through the whole model.
             start + float(ahead[-1]) + reductions,
         )
