@@ -60,7 +60,17 @@ class Prepared:
         )
 
     def with_order(self, order: OrderSearch | None) -> "Prepared":
-        """The same question with other orders of compute to choose from."""
+        """The same question with other orders of compute to choose from.
+
+        Raises:
+            UsageError: updates are on the host, for which no other order is planned.
+        """
+        if order is not None and self.options.update_on_host:
+            raise UsageError(
+                f"updates on the host go with the layered schedule alone, not with a search for "
+                f"the order ({order.value})",
+                hint="leave one of them out",
+            )
         return replace(self, order=order, traced=self.traced and self.traced.with_order(order))
 
     def foresees(self, micro_batch_size: int) -> bool:

@@ -329,6 +329,7 @@ def test_updates_may_run_on_the_host(folder: Path, options: tuple[str, ...]) -> 
         (("--replicas", "2", "--partition", "1"), "partition 1, whose weights"),
         (("--replicas", "2", "--partition", "2"), "partition 2, whose weights"),
         (("--schedule", "1f1b", "--pipeline-ranks", "2"), "--update-on host"),
+        (("--schedule", "best"), "layered schedule alone, not with a search"),
     ],
 )
 def test_updates_on_the_host_need_the_state_there(

@@ -1,10 +1,12 @@
 """Users' cluster files: what they may say, and what each mistake is answered with."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from planner.cluster import Allocator, Cluster, resolve_cluster
+from planner.cluster.types import HOST_MEMORY_BANDWIDTH
 from planner.errors import ClusterError
 
 INLINE = """
@@ -67,6 +69,21 @@ hosts:
 network: {name: lan, bandwidth: 2e9, latency_seconds: 30e-6}
 collectives: auto
 """
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_hosts_memory_updates_for_all_its_devices(tmp_path: Path, num_devices: int) -> None:
+    given = SHARED.replace("    adapter_bandwidth: 3e9", "    memory_bandwidth: 5e10")
+    for text, bandwidth in ((given, 5e10), (SHARED, HOST_MEMORY_BANDWIDTH)):
+        (host,) = read(tmp_path, text, num_devices).hosts
+        assert host.updater.memory_bandwidth == bandwidth / num_devices
+        assert (host.updater.memory_efficiency, host.updater.update_efficiency) == (1.0, None)
+    processor = replace(host, device=replace(host.device, synchronous=True))
+    assert processor.updater is processor.device
+    slower = replace(processor, memory_bandwidth=1e9)
+    assert slower.updater.memory_bandwidth == 1e9 / num_devices
+    error = refusal(tmp_path, given.replace("5e10", "0"), num_devices)
+    assert "memory_bandwidth" in error.message
 
 
 def test_shared_adapters_copies_issue_and_allocator_arrive_unchanged(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from planner.cluster import Cluster
 from planner.errors import UsageError
 from planner.host_memory import host_lack_bytes, within_host_memory
 from planner.layouts import Layout
+from planner.plan.types import PlanOptions
+from planner.simulate.memory import host_memory
 from planner.solve import Constraints, Simulated
 
 GRAPH = chain_graph(4, num_elements=100)
@@ -57,6 +59,21 @@ def test_the_fullest_host(layout: Layout) -> None:
     each = STATE_BYTES // 2  # of a rank; both ranks, or both replicas of a rank, share a host
     assert host_lack_bytes(plan) == 2 * each - 1000
     assert host_lack_bytes(chain_plan(4, 2, 1, cluster=cluster(None, None), **shape)) == 0
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_updates_on_the_host_need_room_for_gradients_there(save: bool) -> None:
+    """Of every unit, and for what the optimizer makes for the one that it updates."""
+    shape: dict[str, Any] = {"num_elements": 100, "offload_state": True}
+    device, host = (
+        chain_plan(4, 1, 1, options=PlanOptions(update_on_host=there, save=save), **shape)
+        for there in (False, True)
+    )
+    host = replace(
+        host, units=tuple(replace(unit, update_transient_bytes=7) for unit in host.units)
+    )
+    assert host_memory(device)[0] == STATE_BYTES * (1 + save)
+    assert host_memory(host)[0] == STATE_BYTES * (1 + save) + 4 * 100 * 4 + 7
 
 
 def test_a_placement_that_a_host_cannot_hold_does_not_fit() -> None:

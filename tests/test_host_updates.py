@@ -27,6 +27,19 @@ from runtime.host_updates import HostUpdates
 from runtime.local import LocalTransport, run_local
 
 NUM_STEPS = 3
+CLUSTER = """
+hosts:
+  - count: 1
+    device:
+      name: processor
+      memory_bytes: 16e9
+      reserved_bytes: 0
+      peak_flops: {float32: 1e11}
+      memory_bandwidth: 1e10
+    link: loopback
+network: loopback
+backend: gloo
+"""
 MLP = str(EXAMPLES / "mlp.py")
 
 
@@ -382,8 +395,9 @@ def test_planned_and_run_by_commands(tmp_path: Path) -> None:
     """The weights of both ways are the same to the last bit, with files and without."""
     device = even_plan("mlp", stages_per_rank=2, num_micro_batches=2, offload_state=True)
     write_plan(device, tmp_path / "device.yaml")
+    (tmp_path / "here.yaml").write_text(CLUSTER, encoding="utf-8")
     made = command(
-        tmp_path, "lga-plan", MLP, "--gpus", "1", "--cluster", "cpu", "--time-limit", "2",
+        tmp_path, "lga-plan", MLP, "--gpus", "1", "--cluster", "here.yaml", "--time-limit", "2",
         "--global-batch", "4", "--micro-batches", "2", "--stages-per-rank", "2",
         "--update-on", "host", "--output", "host.yaml",
     )  # fmt: skip

@@ -7,6 +7,7 @@ from made import made_plan, spans
 from synthetic import chain_cluster, chain_graph, chain_placement, chain_plan, chain_profile
 
 from planner.cluster.types import Allocator, Cluster, Device
+from planner.cost import update_seconds
 from planner.errors import PlanFileError
 from planner.lower import lower
 from planner.plan.file import parse_plan, print_plan
@@ -102,6 +103,23 @@ def test_verdicts_read_every_gradient_and_tell_every_rank(opcode: str) -> None:
     )
     # The slow host's rank reads for 20 s; a ring of four has 2 x 3 steps.
     assert simulate(plan).step_seconds == 20.0 + 6 * 0.5
+
+
+def test_an_update_on_the_host_takes_its_memory_and_no_compute() -> None:
+    cluster = with_device(chain_cluster(2, devices_per_host=2), memory_bandwidth=1e30)
+    hosts = tuple(replace(host, memory_bandwidth=20.0) for host in cluster.hosts)
+    lines = """host UPDATE unit u : host:reduced:u host:shard:u -> host:shard:u
+        compute FORWARD stage 0 micro_batch 0 : -> saved:0.0"""
+    plan = made_plan(
+        lines, cluster=replace(cluster, hosts=hosts), units=(UNIT,), num_replicas=2,
+        sizes={"host:reduced:u": 40, "host:shard:u": 40}, forward_seconds=(1.0,),
+    )  # fmt: skip
+    plan = replace(plan, options=replace(plan.options, update_on_host=True))
+    device = replace(cluster.hosts[0].device, memory_bandwidth=10.0, memory_efficiency=1.0)
+    found = seconds_of(plan)
+    slots = plan.options.optimizer_slots
+    assert found["UPDATE"] == update_seconds(UNIT.num_elements, device, slots)
+    assert simulate(plan).step_seconds == max(found.values())
 
 
 def test_an_update_waits_for_the_slowest_replica() -> None:
