@@ -23,6 +23,7 @@ from planner.errors import RunError, UsageError
 from planner.plan.types import Opcode, Plan
 from runtime.exchange import Channel, ExchangeTransport, Wire
 from runtime.group_wire import GroupWire
+from runtime.meeting import meeting_store
 from runtime.ranks import rank_name
 from runtime.torch_errors import first_line
 from runtime.transport import Pending
@@ -62,7 +63,13 @@ def initialise(plan: Plan) -> int:
     # Every pair has a group for each direction: that its messages keep their order is intended.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     try:
-        dist.init_process_group(plan.backend, timeout=_timeout(plan))
+        dist.init_process_group(
+            plan.backend,
+            store=meeting_store(world_rank, world_size, _timeout(plan)),
+            rank=world_rank,
+            world_size=world_size,
+            timeout=_timeout(plan),
+        )
     except RuntimeError as error:
         raise RunError(
             f"{rank_name(world_rank, plan.grid)} could not join the other "

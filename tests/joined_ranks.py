@@ -7,6 +7,7 @@ HOW is `connect` (which makes the group), `env`, or the path of a file to meet a
 
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ def main() -> None:
     join(how)
     plan, model_file = read_plan(plan_path), linears()
     losses: list[float] = []
-    for _ in range(2):  # one session after another
+    for session in range(2):
+        time.sleep(session * int(os.environ.get("LOCAL_RANK", "0")))  # rank 1 comes late again
         with runtime.connect(plan, model_file.build_model, loss_fn=model_file.loss_fn) as executor:
             for step in range(2):
                 given = batches(plan, model_file, step)[executor.replica]

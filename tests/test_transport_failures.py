@@ -41,6 +41,6 @@ def test_the_others_name_the_lost_rank(scenario: str, words: str, tmp_path: Path
 def test_the_end_of_the_store_ends_the_ranks(tmp_path: Path) -> None:
     plan = minimal_plan(2, 1, deadline_seconds=60, heartbeat_seconds=HEARTBEAT_SECONDS)
     job = Job("silent_peer", plan, tmp_path)
-    job.end_store_after(*(f"default_pg/0//lga_heartbeat/0/1/beat/{rank}" for rank in range(2)))
+    job.end_store_after(*(f"lga_meeting/0/1/0//lga_heartbeat/0/1/beat/{rank}" for rank in range(2)))
     for text in job.end():
         assert "the launcher died: the job's store" in text
