@@ -6,8 +6,6 @@ ascending order of members, so every member gets the same bits. Receives are pos
 This module knows who sends what to whom. It does not know how a message travels.
 """
 
-import queue
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from planner.layouts import Grid
 from runtime.transport import Pending, Sending, Traffic
+from runtime.worker import Worker
 
 __all__ = ["Channel", "ExchangeTransport", "Joined", "Wire", "ordered_sum", "part_sizes"]
 
@@ -73,7 +72,7 @@ class ExchangeTransport(ABC):
         """Those that divide the state with this replica."""
         self._same_part = tuple(grid.part_holders(self._pipeline_rank)[part])
         """Those of the other groups with the same part of it, and this replica."""
-        self._workers: dict[Channel, _Worker] = {}
+        self._workers: dict[Channel, Worker] = {}
         self._ways_to: dict[int, tuple[int, Wire]] = {}
         """By pipeline rank: world rank, and the open wire of this direction."""
         self._ways_from: dict[int, tuple[int, Wire]] = {}
@@ -237,8 +236,8 @@ class ExchangeTransport(ABC):
     def _run(self, channel: Channel, job: Callable[[], None]) -> Pending:
         """Finish in the background: the other members need not wait until this rank waits."""
         if channel not in self._workers:
-            self._workers[channel] = _Worker(f"{channel.kind} of rank {self._rank}")
-        return self._workers[channel].submit(job)
+            self._workers[channel] = Worker(f"{channel.kind} of rank {self._rank}")
+        return _Job(self._workers[channel].submit(job))
 
 
 class _Job:
@@ -251,47 +250,6 @@ class _Job:
     def follow(self) -> None:
         if self._future.done():
             self._future.result()
-
-
-class _Worker:
-    """Runs jobs in order in a thread. After the first error every later job fails with it."""
-
-    def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None]
-        self._jobs = queue.SimpleQueue()
-        self._error: Exception | None = None
-        # A daemon, because a job may be blocked for as long as the deadline when the run fails.
-        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Callable[[], None]) -> _Job:
-        future: Future[None] = Future()
-        self._jobs.put((future, job))
-        return _Job(future)
-
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join(timeout=1.0)
-
-    def _loop(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            future, job = item
-            self._error = self._error or _error_of(job)
-            # Its buffers go before anybody hears that it is over, and might make more.
-            del item, job
-            if self._error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(self._error)
-            del future
-
-
-def _error_of(job: Callable[[], None]) -> Exception | None:
-    try:
-        job()
-    except Exception as error:
-        return error
-    return None
 
 
 def ordered_sum(parts: list[Tensor], mine: int, output: Tensor) -> None:

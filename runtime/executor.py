@@ -210,7 +210,7 @@ class Executor(TrainingState):
             rank=rank.rank,
             measured=rank.streams.moments(moments),
             finite=finite,
-            not_finite={} if finite is not False else self._not_finite(),
+            not_finite=self._not_finite() if finite is False else {},
             norm=rank.gradient_norm,
             weights=weights.of_micro_batches if weights is not None else (),
             learning_rate=rate,

@@ -4,61 +4,34 @@ It runs what it is given, one thing at a time and in order, so results do not de
 module knows jobs and errors. It does not know what a job does.
 """
 
-import queue
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from planner.errors import DeadlineError, UsageError
 from runtime.optimize import UnitOptimizer
 from runtime.transport import Pending
+from runtime.worker import Worker
 
 __all__ = ["HostUpdates", "check_optimizer"]
 
 
 class HostUpdates:
-    """The thread of one rank, which starts with its first job and ends with the process, or before
-    that with `close`. After the first error every later job fails with it."""
+    """The thread of one rank."""
 
     def __init__(self, deadline_seconds: float) -> None:
         self._deadline_seconds = deadline_seconds
-        self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None]
-        self._jobs = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._worker = Worker("host updates")
 
     def submit(self, job: Callable[[], None], what: str) -> Pending:
         """Run it behind what was submitted before; `wait` raises what it raises.
 
         `what` names it in the error of a job that does not end within the plan's deadline.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="host updates", daemon=True)
-            self._thread.start()
-        future: Future[None] = Future()
-        self._jobs.put((future, job))
-        return _Job(future, self._deadline_seconds, what)
+        return _Job(self._worker.submit(job), self._deadline_seconds, what)
 
     def close(self) -> None:
         """End the thread, after the jobs that it has."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join(timeout=1.0)
-            self._thread = None
-
-    def _loop(self) -> None:
-        while (item := self._jobs.get()) is not None:
-            future, job = item
-            try:
-                if self._error is not None:
-                    raise self._error
-                job()
-            except BaseException as error:
-                self._error = error
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-            del item, future, job  # or the last job's tensors live until the next one comes
+        self._worker.close()
 
 
 class _Job:

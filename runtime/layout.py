@@ -11,7 +11,7 @@ from torch import Tensor
 
 from planner.graph import TensorSpec
 
-__all__ = ["dense_stride", "empty", "flat", "is_dense", "with_traced_layout"]
+__all__ = ["dense_stride", "empty", "flat", "is_contiguous", "is_dense", "with_traced_layout"]
 
 
 @cache  # asked of every tensor that travels, of the same few layouts in every step
@@ -23,6 +23,12 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return False
         dense *= size
     return True
+
+
+@cache
+def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """As torch says it of a tensor with this layout."""
+    return torch.empty_strided(shape, stride, device="meta").is_contiguous()
 
 
 @cache

@@ -152,14 +152,7 @@ class DistributedTransport(ExchangeTransport):
             return super().gather(shard, output, what)
         self.traffic.add("gather", shard.nbytes * (len(self._group) - 1))
         call = _collective("all_gather_single", "all_gather_into_tensor")
-        channel, (whole, part) = Channel("gather", self._group), _real(output, shard)
-        return self._start(
-            channel,
-            what,
-            lambda group: call(whole, part, group=group, async_op=True),
-            output,
-            shard,
-        )
+        return self._inside(Channel("gather", self._group), call, output, shard, what)
 
     def reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
         if not self._library or len(self._replicas) == 1:
@@ -215,13 +208,19 @@ class DistributedTransport(ExchangeTransport):
     def _reduce_scatter(self, source: Tensor, output: Tensor, what: str) -> Pending:
         """By the library, inside the partition group."""
         call = _collective("reduce_scatter_single", "reduce_scatter_tensor")
-        channel, (part, whole) = Channel("reduce", self._group), _real(output, source)
+        return self._inside(Channel("reduce", self._group), call, output, source, what)
+
+    def _inside(
+        self, channel: Channel, call: Callable[..., Any], output: Tensor, given: Tensor, what: str
+    ) -> Pending:
+        """A collective of the library's that makes one tensor of another."""
+        made, read = _real(output, given)
         return self._start(
             channel,
             what,
-            lambda group: call(part, whole, group=group, async_op=True),
+            lambda group: call(made, read, group=group, async_op=True),
             output,
-            source,
+            given,
         )
 
     def _sum(self, channel: Channel, tensor: Tensor, what: str) -> Pending:

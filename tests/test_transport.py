@@ -258,7 +258,7 @@ def test_a_job_is_let_go_before_anybody_hears_that_it_is_over(
             held.append(watched() is not None)
             super().set_result(result)
 
-    monkeypatch.setattr("runtime.exchange.Future", Heard)
+    monkeypatch.setattr("runtime.worker.Future", Heard)
     transport = LocalTransport(LocalHub(Grid(num_replicas=1, num_pipeline_ranks=1), 10), 0)
     job = Nothing()
     watched = weakref.ref(job)

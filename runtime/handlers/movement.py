@@ -9,7 +9,7 @@ from planner.plan.names import kind_of
 from planner.plan.types import Instruction
 from runtime.handlers.host_update import evict_gradient
 from runtime.handlers.words import describe, tensor_of
-from runtime.layout import dense_stride, empty, flat
+from runtime.layout import dense_stride, empty, flat, is_contiguous
 from runtime.state import RankState
 
 __all__ = ["evict", "fetch", "load", "receive", "release", "send"]
@@ -68,12 +68,12 @@ def receive(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     (name,) = instruction.writes
     spec = rank.specs[tensor_of(name)]
     stride, dtype = dense_stride(spec.shape, spec.stride), getattr(torch, spec.dtype)
-    is_contiguous = torch.empty_strided(spec.shape, stride, device="meta").is_contiguous()
+    is_vector = is_contiguous(spec.shape, stride)
 
     def run() -> None:
         tensor = torch.empty_strided(spec.shape, stride, dtype=dtype, device=rank.device)
         rank.buffers[name] = tensor
-        vector = tensor if is_contiguous else flat(tensor)
+        vector = tensor if is_vector else flat(tensor)
         pending = rank.transport.receive(peer, vector, what)
         rank.buffers.pending(instruction, pending)
 
@@ -86,13 +86,13 @@ def send(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     (name,) = instruction.reads
     spec = rank.specs[tensor_of(name)]
     stride = dense_stride(spec.shape, spec.stride)
-    is_contiguous = torch.empty_strided(spec.shape, stride, device="meta").is_contiguous()
+    is_vector = is_contiguous(spec.shape, stride)
 
     def run() -> None:
         tensor = rank.buffers[name]
         if tensor.stride() != stride:
             tensor = empty(spec, rank.device).copy_(tensor)
-        vector = tensor if is_contiguous else flat(tensor)
+        vector = tensor if is_vector else flat(tensor)
         rank.sends.add(rank.transport.send(peer, vector, what), vector)
 
     return run
