@@ -14,6 +14,7 @@ from stepping import batches, on_every_rank
 from synthetic import chain_cluster, chain_graph, chain_plan, chain_profile
 from test_memory_run import assert_bounded
 from test_memory_run import plan as plan_with_updates
+from test_partitions import CHAIN, TiedEnds
 from torch import Tensor, nn
 from training import train_by_plan
 
@@ -37,24 +38,15 @@ DELAYED = PlanOptions(deadline_seconds=20, clip_norm=0.05, clip_delayed=True)
 MIXED = PlanOptions(deadline_seconds=20, precision=Precision.BFLOAT16)
 
 
-class TiedEnds(nn.Module):
-    """The last layer's weight is the first one's; nine elements make no two equal parts."""
+class UnevenTiedEnds(TiedEnds):
+    """Nine elements make no two equal parts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(8, 8, bias=False)
         self.middle = nn.Sequential(nn.Linear(8, 9), nn.Dropout(0.1), nn.Linear(9, 8))
-        self.last = nn.Linear(8, 8)
-        self.last.weight = self.first.weight
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.head(self.last(self.middle(self.first(x).relu()).relu()).relu())
-        return output
 
 
-CHAIN = model_of(lambda: Chain(lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1)), 4))
-TIED = model_of(TiedEnds)
+TIED = model_of(UnevenTiedEnds)
 
 
 @pytest.mark.parametrize("layout", Layout)
