@@ -7,7 +7,8 @@ what the profile counted.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,18 +32,36 @@ _OF_TRAINING: dict[str, Any] = {
 
 @dataclass(slots=True)
 class _Call:
-    target: str
+    """A statement whose arguments are not all values."""
+
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    first_random_operator: int | None
-    dead: tuple[str, ...]
-    """Values that no later statement reads."""
     evaluation_arguments: tuple[Any, ...]
     """As `arguments` and `keywords`, with what acts in training only switched off."""
     evaluation_keywords: dict[str, Any]
-    reads: tuple[str, ...] | None
-    """Where all arguments are values: their names."""
+
+    def run(self, values: Values, *, training: bool) -> Any:
+        arguments = self.arguments if training else self.evaluation_arguments
+        keywords = self.keywords if training else self.evaluation_keywords
+        return self.function(
+            *[fill(argument, values) for argument in arguments],
+            **{key: fill(value, values) for key, value in keywords.items()},
+        )
+
+
+class _Line(NamedTuple):
+    """A statement, ready to run."""
+
+    target: str
+    function: Callable[..., Any]
+    reads: tuple[str, ...]
+    """Names of the arguments, where these are values."""
+    call: _Call | None
+    """Where they are not."""
+    first_random_operator: int | None
+    dead: tuple[str, ...]
+    """Values that no later statement reads."""
 
 
 class StageProgram:
@@ -73,14 +92,14 @@ class StageProgram:
             self.loss_fn = self._compiled(loss_fn, "the loss")
         self.batch: Mapping[str, Tensor] = {}
         self._random = random
-        self._calls: list[_Call] = []
+        self._lines: list[_Line] = []
         later: set[str] = set(outputs)
         for statement in reversed(code):
             read = set(references(statement))
             dead = tuple((read | {statement.target}) - later)
             later |= read
-            self._calls.append(self._resolve(statement, dead))
-        self._calls.reverse()
+            self._lines.append(self._resolve(statement, dead))
+        self._lines.reverse()
         self.is_random = any(statement.num_random_operators for statement in code)
 
     def __call__(
@@ -92,24 +111,21 @@ class StageProgram:
         """
         self.batch = batch
         values = inputs
-        for call in self._calls:
-            if call.first_random_operator is not None:
-                self._random.seek(call.first_random_operator)
-            if call.reads is not None:
-                values[call.target] = call.function(*[values[name] for name in call.reads])
+        for target, function, reads, call, first_random_operator, dead in self._lines:
+            if first_random_operator is not None:
+                self._random.seek(first_random_operator)
+            if call is not None:
+                values[target] = call.run(values, training=training)
+            elif len(reads) == 1:
+                values[target] = function(values[reads[0]])
             else:
-                arguments = call.arguments if training else call.evaluation_arguments
-                keywords = call.keywords if training else call.evaluation_keywords
-                values[call.target] = call.function(
-                    *[fill(argument, values) for argument in arguments],
-                    **{key: fill(value, values) for key, value in keywords.items()},
-                )
-            for name in call.dead:
+                values[target] = function(*[values[name] for name in reads])
+            for name in dead:
                 del values[name]
         self.batch = {}
         return {name: values[name] for name in self._outputs}
 
-    def _resolve(self, statement: Statement, dead: tuple[str, ...]) -> _Call:
+    def _resolve(self, statement: Statement, dead: tuple[str, ...]) -> _Line:
         try:
             function = function_of(statement, self)
         except (AttributeError, RuntimeError) as error:
@@ -123,20 +139,20 @@ class StageProgram:
         arguments = tuple(template_of(a, self.device) for a in statement.arguments)
         keywords = {key: template_of(value, self.device) for key, value in statement.keywords}
         evaluation_arguments, evaluation_keywords = _for_evaluation(function, arguments, keywords)
-        references = [a.name for a in arguments if isinstance(a, Reference)]
-        are_values = len(references) == len(arguments) and not keywords
-        return _Call(
+        reads = tuple(a.name for a in arguments if isinstance(a, Reference))
+        are_values = len(reads) == len(arguments) and not keywords
+        if statement.function == "batch":
+            function, are_values = partial(function, *arguments), True
+        call = _Call(function, arguments, keywords, evaluation_arguments, evaluation_keywords)
+        return _Line(
             target=statement.target,
             function=function,
-            arguments=arguments,
-            keywords=keywords,
-            evaluation_arguments=evaluation_arguments,
-            evaluation_keywords=evaluation_keywords,
+            reads=reads,
+            call=None if are_values else call,
             first_random_operator=(
                 statement.first_random_operator if statement.num_random_operators else None
             ),
             dead=dead,
-            reads=tuple(references) if are_values else None,
         )
 
     def _compiled(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -245,7 +245,7 @@ class Executor(TrainingState):
             moments.append(clock())
         buffers.finish()
         rank.sends.wait()
-        rank.batch = {}
+        rank.end()
         return moments
 
     def close(self) -> None:

@@ -71,9 +71,11 @@ def check_machine(plan: Plan, num_ranks: int) -> None:
 
 def replica_part(plan: Plan, replica: int, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """This replica's samples of a batch of all replicas'; any other batch as it is."""
+    if plan.num_replicas == 1:
+        return batch
     size = plan.replica_batch_size
     sizes = {len(value) for value in batch.values() if value.dim()}
-    if plan.num_replicas == 1 or sizes != {plan.global_batch_size}:
+    if sizes != {plan.global_batch_size}:
         return batch
     return {key: value[replica * size : (replica + 1) * size] for key, value in batch.items()}
 

@@ -12,7 +12,7 @@ This module knows memory and names. It does not know when anything happens.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -178,12 +178,18 @@ class UnitState:
 
     def my_part(self, reduced: Tensor) -> Tensor:
         """Of a reduced gradient, what this rank updates its shard with."""
-        return reduced if self.divides_gradients else reduced[self.first : self.last]
+        if self.divides_gradients or not self.partitioned:
+            return reduced
+        return reduced[self.first : self.last]
 
-    def attach_piece_gradients(self, gradient: Tensor) -> None:
-        """The optimizer's parameters get views of this rank's part of the gradient."""
-        for piece in self.pieces:
-            piece.parameter.grad = self._view(gradient, piece)
+    def piece_views(self, gradient: Tensor) -> list[Tensor]:
+        """Views of this rank's part of the gradient, one for each piece."""
+        return [self._view(gradient, piece) for piece in self.pieces]
+
+    def attach_piece_gradients(self, views: Iterable[Tensor]) -> None:
+        """The optimizer's parameters get what `piece_views` made."""
+        for piece, view in zip(self.pieces, views, strict=True):
+            piece.parameter.grad = view
 
     def _view(self, part: Tensor, piece: Piece) -> Tensor:
         """A piece of what is laid out as the shard is."""

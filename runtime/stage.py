@@ -160,11 +160,10 @@ class Stage:
         apart: dict[str, Tensor] = {}
         for name, value in self._run(values, batch).items():
             if value.requires_grad:
-                edges[name] = get_gradient_edge(value)
+                edges[name] = _edge(value)
             apart[name] = self._buffers.apart(value.detach())
-        if "loss" in apart:
-            # Kernels may have shrunk it out of something large.
-            apart |= _without_gaps({"loss": apart["loss"]})
+        if "loss" in apart:  # kernels may have shrunk it out of something large
+            apart["loss"] = _without_gap(apart["loss"])
         return apart, Saved(edges, sink)
 
     def recompute(
@@ -215,7 +214,7 @@ class Stage:
                     allow_unreachable=True,
                     accumulate_grad=True,
                 )
-        found = _without_gaps(saved.sink)
+        found = {name: _without_gap(gradient) for name, gradient in saved.sink.items()}
         saved.sink.clear()
         return found
 
@@ -263,13 +262,18 @@ def modules_of(plan: StagePlan, model: torch.nn.Module) -> dict[int, torch.nn.Mo
     return {id(m): m for path in paths for m in model.get_submodule(path).modules()}
 
 
-def _without_gaps(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those that would keep more memory alive than they fill: a part of the gradient of
-    a concatenation, say, which waits for an earlier stage."""
-    return {
-        name: tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-        for name, tensor in tensors.items()
-    }
+def _edge(value: Tensor) -> GradientEdge:
+    """As get_gradient_edge gives it, which asks more of a node that torch itself has made."""
+    node = value.grad_fn
+    if node is None or isinstance(node, torch._C._FunctionBase):
+        return get_gradient_edge(value)
+    return GradientEdge(node, value.output_nr)
+
+
+def _without_gap(tensor: Tensor) -> Tensor:
+    """A copy of one that would keep more memory alive than it fills: a part of the gradient of a
+    concatenation, say, which waits for an earlier stage."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _let_go(_: Any) -> Any:

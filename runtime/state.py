@@ -106,13 +106,16 @@ class RankState:
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.num_losses = plan.num_micro_batches * plan.num_replicas
         self._root: Tensor | None = None
-        self._gradient_views: dict[
-            tuple[str, str], list[tuple[torch.nn.Parameter, Tensor]]
-        ] = {}  # fmt: skip
+        self._totals: dict[tuple[str, str], Tensor] = {}
+        """By unit and accumulation buffer."""
+        self._gradient_views: dict[tuple[str, str], list[tuple[torch.nn.Parameter, Tensor]]] = {}
+        self._piece_views: dict[tuple[str, str], list[Tensor]] = {}
 
     def begin(self, program: Program, batch: Mapping[str, Tensor], index: int = 0) -> None:
         """A step or an evaluation starts, or one of its instructions is made ready."""
         self.program, self.batch = program, batch
+        self._samples: dict[str, tuple[Tensor, ...]] = {}
+        """By batch key: the parts of the micro-batches."""
         self.index = index
         """Of the instruction that runs."""
         self.losses: dict[int, Tensor] = {}
@@ -141,9 +144,28 @@ class RankState:
         sums = self.program.sums.get(self.index, {})
         return next((name for name, unit in sums.items() if unit == state.unit.name), "")
 
+    def end(self) -> None:
+        """The step or the evaluation is over: its batch is let go."""
+        self.batch, self._samples = {}, {}
+
+    def samples(self, key: str, micro_batch: int) -> Tensor:
+        """A micro-batch's part of the batch."""
+        if key not in self._samples:
+            size, whole = self.plan.micro_batch_size, self.batch[key]
+            self._samples[key] = tuple(
+                whole.narrow(0, first, size) for first in range(0, len(whole), size)
+            )
+        return self._samples[key][micro_batch]
+
     def total(self, state: UnitState) -> Tensor:
         """The accumulated gradient of a unit: its length of its accumulation buffer."""
-        return self.sums[self.sum_of(state)][: state.padded_length]
+        return self._total(state, self.sum_of(state))
+
+    def _total(self, state: UnitState, buffer: str) -> Tensor:
+        key = state.unit.name, buffer
+        if key not in self._totals:
+            self._totals[key] = self.sums[buffer][: state.padded_length]
+        return self._totals[key]
 
     def gradient_views(self, state: UnitState) -> list[tuple[torch.nn.Parameter, Tensor]]:
         """The unit's trained parameters, and where in `total` each one's gradient is added up."""
@@ -156,6 +178,18 @@ class RankState:
             ]
         return self._gradient_views[key]
 
+    def piece_views(self, state: UnitState, gradient: Tensor) -> list[Tensor]:
+        """Of this rank's part of a unit's gradient: what the optimizer's parameters get.
+
+        Those of an accumulation buffer, which stays, are made once.
+        """
+        key = state.unit.name, self.sum_of(state)
+        if self._totals.get(key) is not gradient:
+            return state.piece_views(gradient)
+        if key not in self._piece_views:
+            self._piece_views[key] = state.piece_views(gradient)
+        return self._piece_views[key]
+
     def gradients(self, instruction: Instruction) -> list[tuple[UnitState, Tensor]]:
         """Units whose whole gradient the running instruction reads, and this rank's part of it."""
         sums = self.program.sums.get(self.index, {})
@@ -163,7 +197,7 @@ class RankState:
         for name in instruction.reads:
             if kind_of(name) == "sum":
                 state = self.units[sums[name]]
-                found.append((state, self.sums[name][: state.padded_length]))
+                found.append((state, self._total(state, name)))
             elif kind_of(name) == "reduced":
                 found.append((self.units[name.partition(":")[2]], self.buffers[name]))
         return found

@@ -94,7 +94,7 @@ def _step(
     optimizer = rank.optimizers[state.unit.name]
     state.attach_pieces(shard)
     optimizer.put_moments(moments)
-    state.attach_piece_gradients(gradient)
+    state.attach_piece_gradients(state.piece_views(gradient))
     optimizer.step()
     optimizer.release_gradients()
     kept = optimizer.moments

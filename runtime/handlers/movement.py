@@ -17,24 +17,22 @@ __all__ = ["evict", "fetch", "load", "receive", "release", "send"]
 
 def load(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     assert instruction.micro_batch is not None
-    size = rank.plan.micro_batch_size
-    first = instruction.micro_batch * size
+    micro_batch, buffers = instruction.micro_batch, rank.buffers
     keys = [(tensor_of(name), name) for name in instruction.writes]
     precision = rank.plan.options.precision
 
     # In mixed precision only what is needed of the batch is cast, here.
     def run() -> None:
         for key, name in keys:
-            rows = cast_tensor(rank.batch[key][first : first + size], precision)
-            rank.buffers[name] = rows.to(rank.device)
+            rows = cast_tensor(rank.samples(key, micro_batch), precision)
+            buffers[name] = rows if rows.device == rank.device else rows.to(rank.device)
 
     def run_beside() -> None:
-        parts = (rank.batch[key][first : first + size] for key, _ in keys)
-        rows = [cast_tensor(part, precision) for part in parts]
+        rows = [cast_tensor(rank.samples(key, micro_batch), precision) for key, _ in keys]
         found, pending = rank.host.load(rows, rank.device)
         for (_, name), tensor in zip(keys, found, strict=True):
-            rank.buffers[name] = tensor
-        rank.buffers.pending(instruction, pending)
+            buffers[name] = tensor
+        buffers.pending(instruction, pending)
 
     return run_beside if rank.streams.is_asynchronous else run
 

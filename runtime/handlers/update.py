@@ -82,7 +82,7 @@ def update(rank: RankState, instruction: Instruction) -> None:
         for name in ("scale", "clip:scale"):
             if name in instruction.reads:
                 gradient.mul_(rank.buffers[name])
-        state.attach_piece_gradients(gradient)
+        state.attach_piece_gradients(rank.piece_views(state, gradient))
         optimizer.step()
         optimizer.release_gradients()
         if state.has_copy and not state.gathered and not state.partitioned:
