@@ -1,10 +1,11 @@
 """Our side: for each of torch's ways the plan of the same order, or the solver's in as much memory.
 
 The same order means as many replicas, pipeline ranks, stages and micro-batches, the same layers in
-each stage, the same order of compute and the same share of the state on each replica. What takes
-more memory there are the sums of gradients, which lie in one place from a stage's first backward
-on: orders that keep all micro-batches until then have no room for them. This module knows plans. It
-does not time anything.
+each stage, the same order of compute and the same share of the state on each replica; but that
+against DDP the optimizer's state is divided, which moves as many bytes. What takes more memory
+there are the sums of gradients, which lie in one place from a stage's first backward on: orders
+that keep all micro-batches until then have no room for them. This module knows plans. It does not
+time anything.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,9 +38,12 @@ SCHEDULES = {
     "Interleaved1F1B": Schedule.INTERLEAVED,
     "LoopedBFS": Schedule.LAYERED,
 }
-DATA_PARALLEL_STAGES = {None: 3, Sharding.KEEP: 2, Sharding.RESHARD: 4}
-"""Units of gathers, reductions and updates where one rank has the whole model."""
-PARTITIONS = {None: 0, Sharding.KEEP: 2, Sharding.RESHARD: 3}
+DATA_PARALLEL_STAGES = {None: 1, Sharding.KEEP: 2, Sharding.RESHARD: 4}
+"""Units of gathers, reductions and updates where one rank has the whole model. DDP sums gradients
+of 25 MiB at a time: here of nearly the whole model."""
+PARTITIONS = {None: 1, Sharding.KEEP: 2, Sharding.RESHARD: 3}
+"""A sum on all replicas, which DDP takes, is a sum of parts and a gather of them: with the update
+in between, each replica updates its part alone."""
 MEASURED_OVER_PLANNED = 1.01
 """A run may take so much more memory than its plan says."""
 

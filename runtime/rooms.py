@@ -47,10 +47,11 @@ class Rooms:
         device = device or tensor.device
         shape, strides = tuple(tensor.shape), dense_stride(tuple(tensor.shape), tensor.stride())
         key = shape, strides, tensor.dtype, device
-        if self._free.get(key):
+        try:  # the thread of updates takes rooms as well: asking first would be another moment
             return self._free[key].pop()
-        room = self._make(shape, strides, tensor.dtype, device.type == "cuda")
-        return HostCopy(room, device)
+        except (KeyError, IndexError):
+            room = self._make(shape, strides, tensor.dtype, device.type == "cuda")
+            return HostCopy(room, device)
 
     def give_back(self, copies: Iterable[HostCopy]) -> None:
         """Nobody needs what is in them."""

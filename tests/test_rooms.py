@@ -118,3 +118,24 @@ def test_rooms_are_by_layout() -> None:
     assert rooms.take(square.t()) is not first
     assert rooms.take(square) is first
     assert made == [(3, 1), (1, 3)]
+
+
+class Fleeting(list[Any]):
+    """Another thread takes what is in it between the look and the grasp."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_room_that_another_thread_has_just_taken_is_made_anew() -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def make(*wanted: Any) -> Tensor:
+        made.append(wanted)
+        return torch.empty(5)
+
+    rooms = Rooms(make)
+    rooms.give_back([rooms.take(torch.ones(5))])
+    rooms._free = {key: Fleeting() for key in rooms._free}
+    rooms.take(torch.ones(5))
+    assert len(made) == 2

@@ -6,13 +6,15 @@ What needs a GPU is in test_cuda.py.
 
 import gc
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_host_updates as updates
 import torch
 from planned import Chain, assert_same, model_of, plan_of
-from races import Device, Event, Races, Stream
+from races import Device, Event, HostJob, Races, Stream
 from stepping import CPU, LAYOUTS, batches, linears, on_every_rank
 from test_runtime_offload import Twice, Wide, mean_square, rows, with_saved_in_host_memory
 from torch import Tensor, nn
@@ -26,12 +28,15 @@ from runtime.build import make_executor
 from runtime.cuda import CudaStreams
 from runtime.executor import Executor
 from runtime.host import HostMemory
+from runtime.host_updates import HostUpdates
 from runtime.local import LocalHub, LocalTransport
-from runtime.rooms import HostCopy
+from runtime.rooms import HostCopy, Rooms
 from runtime.run_ahead import MOST_AHEAD, RunAhead
+from runtime.transport import Pending, Then
 
 WIDE = model_of(lambda: Wide(Twice, 4), mean_square, rows)
 STAGES = (0, 1, 2, 3, 5)
+CLIPPED = PlanOptions(deadline_seconds=20, clip_norm=1.0, check_finite=True)
 
 
 def as_on_a_gpu(
@@ -53,9 +58,9 @@ def executor_of(made: Plan, model_file: Any) -> Executor:
 
 def offloaded(**choices: Any) -> Plan:
     """Everything that may leave the device does."""
-    options = PlanOptions(deadline_seconds=20, clip_norm=1.0, check_finite=True)
+    choices.setdefault("options", CLIPPED)
     return plan_of(
-        WIDE, (0, 1, 2, 4), micro_batch_size=1, options=options, offload_state=True,
+        WIDE, (0, 1, 2, 4), micro_batch_size=1, offload_state=True,
         offload_inputs=True, **choices,
     )  # fmt: skip
 
@@ -73,6 +78,31 @@ def races_with_copies(device: Device, monkeypatch: pytest.MonkeyPatch) -> Races:
     return races
 
 
+def note_host_jobs(races: Races, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the thread of updates does counts. Whoever waits for it, or takes a room that it gave
+    back, comes after it."""
+    submit, give_back, take = HostUpdates.submit, Rooms.give_back, Rooms.take
+    told: dict[HostCopy, dict[Stream, int]] = {}
+
+    def noting(updates: HostUpdates, job: Callable[[], None], what: str) -> Pending:
+        noted = HostJob(job, device, races)
+        return Then(submit(updates, noted.run, what), noted.was_waited_for)
+
+    def giving(rooms: Rooms, copies: Iterable[HostCopy]) -> None:
+        given = list(copies)
+        told.update(dict.fromkeys(given, device.seen()))
+        give_back(rooms, given)
+
+    def taking(rooms: Rooms, *wanted: Any) -> HostCopy:
+        taken = take(rooms, *wanted)
+        device.see(told.pop(taken, {}))
+        return taken
+
+    monkeypatch.setattr(HostUpdates, "submit", noting)
+    monkeypatch.setattr(Rooms, "give_back", giving)
+    monkeypatch.setattr(Rooms, "take", taking)
+
+
 def races_of(made: Plan, monkeypatch: pytest.MonkeyPatch) -> Races:
     """Of three steps and an evaluation between them."""
     device = Device()
@@ -80,6 +110,7 @@ def races_of(made: Plan, monkeypatch: pytest.MonkeyPatch) -> Races:
     races = races_with_copies(device, monkeypatch)
     executor = executor_of(made, WIDE)
     executor.step(WIDE.example_batch(made.replica_batch_size))  # makes the optimizer's state
+    note_host_jobs(races, device, monkeypatch)
     with races:
         for _ in range(2):
             executor.step(WIDE.example_batch(made.replica_batch_size))
@@ -147,6 +178,34 @@ def test_copies_keep_what_they_use(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(runtime.cuda._Copying, "__init__", without)
     assert "freed" in races_of(careless, monkeypatch).found
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("schedule", [Schedule.LAYERED, Schedule.PLAIN])
+def test_updates_on_the_host_are_ordered_with_copies(
+    schedule: Schedule, save: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(CLIPPED, update_on_host=True, save=save)
+    races = races_of(offloaded(schedule=schedule, options=options), monkeypatch)
+    assert races.found == []
+    assert len(races.streams) == 4  # the host's thread is one more
+
+
+def test_updates_on_the_host_wait_for_what_is_copied_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = offloaded(options=replace(CLIPPED, update_on_host=True))
+    monkeypatch.setattr(CudaStreams, "blocking", lambda *_: lambda: None)
+    assert races_of(made, monkeypatch).found
+
+
+@pytest.mark.parametrize("options", updates.OPTIONS)
+@pytest.mark.parametrize("layout", ["stages", "two replicas, 3"])
+def test_updates_on_the_host_leave_the_bits_of_those_on_a_cpu(
+    layout: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_device, on_host = updates.pair(updates.LAYOUTS[layout], updates.OPTIONS[options])
+    wanted = updates.trained(on_device)
+    as_on_a_gpu(monkeypatch)
+    updates.assert_equal(wanted, updates.trained(on_host))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
