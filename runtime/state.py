@@ -28,6 +28,7 @@ from runtime.shards import UnitState
 from runtime.sizes import check_table, make_pools
 from runtime.stage import Stage, modules_of
 from runtime.streams import Figure
+from runtime.sums import GradientSums
 from runtime.transport import Pending, Transport
 from runtime.weights import WeightBuffers
 
@@ -95,7 +96,7 @@ class RankState:
         if plan.gathers:
             pools = make_pools(plan, self.rank, "weights", self.units, programs, device)
         self.weights = WeightBuffers(pools, self.units)
-        self.sums = make_pools(plan, self.rank, "sum", self.units, programs, device)
+        self.sums = GradientSums(make_pools(plan, self.rank, "sum", self.units, programs, device))
         self.compiler: Compiler | None = None
         if compile_backend is not None:
             places = {k: v for s in self.units.values() for k, v in s.places_bytes().items()}
@@ -106,10 +107,6 @@ class RankState:
         self.specs = {spec.name: spec for spec in plan.tensors}
         self.num_losses = plan.num_micro_batches * plan.num_replicas
         self._root: Tensor | None = None
-        self._totals: dict[tuple[str, str], Tensor] = {}
-        """By unit and accumulation buffer."""
-        self._gradient_views: dict[tuple[str, str], list[tuple[torch.nn.Parameter, Tensor]]] = {}
-        self._piece_views: dict[tuple[str, str], list[Tensor]] = {}
 
     def begin(self, program: Program, batch: Mapping[str, Tensor], index: int = 0) -> None:
         """A step or an evaluation starts, or one of its instructions is made ready."""
@@ -158,37 +155,8 @@ class RankState:
         return self._samples[key][micro_batch]
 
     def total(self, state: UnitState) -> Tensor:
-        """The accumulated gradient of a unit: its length of its accumulation buffer."""
-        return self._total(state, self.sum_of(state))
-
-    def _total(self, state: UnitState, buffer: str) -> Tensor:
-        key = state.unit.name, buffer
-        if key not in self._totals:
-            self._totals[key] = self.sums[buffer][: state.padded_length]
-        return self._totals[key]
-
-    def gradient_views(self, state: UnitState) -> list[tuple[torch.nn.Parameter, Tensor]]:
-        """The unit's trained parameters, and where in `total` each one's gradient is added up."""
-        key = state.unit.name, self.sum_of(state)
-        if key not in self._gradient_views:
-            self._gradient_views[key] = [
-                (state.parameters[name], view)
-                for name, view in state.views(self.total(state))
-                if name in state.trainable
-            ]
-        return self._gradient_views[key]
-
-    def piece_views(self, state: UnitState, gradient: Tensor) -> list[Tensor]:
-        """Of this rank's part of a unit's gradient: what the optimizer's parameters get.
-
-        Those of an accumulation buffer, which stays, are made once.
-        """
-        key = state.unit.name, self.sum_of(state)
-        if self._totals.get(key) is not gradient:
-            return state.piece_views(gradient)
-        if key not in self._piece_views:
-            self._piece_views[key] = state.piece_views(gradient)
-        return self._piece_views[key]
+        """The accumulated gradient of a unit, where the running instruction adds it up."""
+        return self.sums.total(state, self.sum_of(state))
 
     def gradients(self, instruction: Instruction) -> list[tuple[UnitState, Tensor]]:
         """Units whose whole gradient the running instruction reads, and this rank's part of it."""
@@ -197,7 +165,7 @@ class RankState:
         for name in instruction.reads:
             if kind_of(name) == "sum":
                 state = self.units[sums[name]]
-                found.append((state, self._total(state, name)))
+                found.append((state, self.sums.total(state, name)))
             elif kind_of(name) == "reduced":
                 found.append((self.units[name.partition(":")[2]], self.buffers[name]))
         return found
@@ -259,7 +227,7 @@ class RankState:
     def resident_tensors(self) -> list[Tensor]:
         """What stays allocated on the device between steps."""
         found = [tensor for state in self.units.values() for tensor in state.resident_tensors]
-        found += [*self.weights.tensors.values(), *self.sums.values()]
+        found += [*self.weights.tensors.values(), *self.sums.tensors.values()]
         found += [self.buffers["clip:scale"]] if self.plan.options.clip_delayed else []
         return found + [t for optimizer in self.optimizers.values() for t in optimizer.tensors()]
 

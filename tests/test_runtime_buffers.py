@@ -104,7 +104,7 @@ def test_adding_to_a_reduced_gradient_takes_no_memory_of_its_own(
 
     def noting(rank: RankState, instruction: Instruction) -> None:
         """Whether the transport leaves its result in the memory of the sum."""
-        sums = {tensor.untyped_storage().data_ptr() for tensor in rank.sums.values()}
+        sums = {tensor.untyped_storage().data_ptr() for tensor in rank.sums.tensors.values()}
 
         def note(result: Tensor) -> None:
             adds = len(instruction.reads) == 2

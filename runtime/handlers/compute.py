@@ -184,7 +184,7 @@ class _Backward(_Compute):
             pair
             for state in starting
             if not state.unit.exact
-            for pair in rank.gradient_views(state)
+            for pair in rank.sums.targets(state, rank.sum_of(state))
         ]
         """Parameters, and where their gradients are added up from now on."""
         self._parameters = [s.parameters[name] for s in self._units for name in s.trainable]

@@ -17,7 +17,7 @@ __all__ = ["evict", "fetch", "load", "receive", "release", "send"]
 
 def load(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     assert instruction.micro_batch is not None
-    micro_batch, buffers = instruction.micro_batch, rank.buffers
+    micro_batch = instruction.micro_batch
     keys = [(tensor_of(name), name) for name in instruction.writes]
     precision = rank.plan.options.precision
 
@@ -25,14 +25,14 @@ def load(rank: RankState, instruction: Instruction) -> Callable[[], None]:
     def run() -> None:
         for key, name in keys:
             rows = cast_tensor(rank.samples(key, micro_batch), precision)
-            buffers[name] = rows if rows.device == rank.device else rows.to(rank.device)
+            rank.buffers[name] = rows if rows.device == rank.device else rows.to(rank.device)
 
     def run_beside() -> None:
         rows = [cast_tensor(rank.samples(key, micro_batch), precision) for key, _ in keys]
         found, pending = rank.host.load(rows, rank.device)
         for (_, name), tensor in zip(keys, found, strict=True):
-            buffers[name] = tensor
-        buffers.pending(instruction, pending)
+            rank.buffers[name] = tensor
+        rank.buffers.pending(instruction, pending)
 
     return run_beside if rank.streams.is_asynchronous else run
 

@@ -82,7 +82,8 @@ def update(rank: RankState, instruction: Instruction) -> None:
         for name in ("scale", "clip:scale"):
             if name in instruction.reads:
                 gradient.mul_(rank.buffers[name])
-        state.attach_piece_gradients(rank.piece_views(state, gradient))
+        views = rank.sums.piece_views(state, rank.sum_of(state), gradient)
+        state.attach_piece_gradients(views)
         optimizer.step()
         optimizer.release_gradients()
         if state.has_copy and not state.gathered and not state.partitioned:
