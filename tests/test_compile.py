@@ -129,7 +129,12 @@ def test_mixed_precision(precision: Precision) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changing"), [("gpt", []), ("resnet", ["layer 'stem.2'"]), ("mlp", [])]
+    ("name", "changing"),
+    [
+        ("gpt", []),
+        pytest.param("resnet", ["layer 'stem.2'"], marks=pytest.mark.slow),
+        ("mlp", []),
+    ],
 )
 def test_the_examples(name: str, changing: list[str]) -> None:
     """Tied weights, and running statistics whose stage is recomputed."""
@@ -323,7 +328,11 @@ def test_steps_run_what_was_compiled() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # inductor's own
 @pytest.mark.skipif(not has_cpp_compiler(), reason="inductor needs a C++ compiler: none here")
-@pytest.mark.parametrize("layout", [{}, {"num_replicas": 2, "partition": 3}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [{}, pytest.param({"num_replicas": 2, "partition": 3}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_inductor(layout: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model_file = model_of(lambda: Chain(Block))

@@ -12,6 +12,7 @@ from torch import nn
 from training import EXAMPLES, even_plan
 
 import runtime
+from planner.cli.plan import main as lga_plan
 from planner.plan.file import write_plan
 from planner.plan.types import PlanOptions
 from runtime.launch import main
@@ -19,7 +20,7 @@ from runtime.launch import main
 MODEL = str(EXAMPLES / "mlp.py")
 
 
-@pytest.mark.parametrize("num_pipeline_ranks", [1, 2])
+@pytest.mark.parametrize("num_pipeline_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_compiled_run_leaves_the_same_bits(num_pipeline_ranks: int, tmp_path: Path) -> None:
     made = even_plan(
         "mlp", num_pipeline_ranks=num_pipeline_ranks, stages_per_rank=2, num_micro_batches=2
@@ -45,7 +46,8 @@ def test_a_compiled_run_leaves_the_same_bits(num_pipeline_ranks: int, tmp_path: 
     assert all(torch.equal(value, plain[key]) for key, value in mine.items())
 
 
-def test_what_is_not_compiled_is_said_once(tmp_path: Path) -> None:
+def test_what_is_not_compiled_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text(
         "import torch\n"
         "def build_model():\n"
@@ -56,12 +58,12 @@ def test_what_is_not_compiled_is_said_once(tmp_path: Path) -> None:
         "def loss_fn(output, batch):\n"
         "    return output.square().mean()\n"
     )
-    planned = command(
-        tmp_path, "lga-plan", "model.py", "--gpus", "2", "--cluster", "cpu", "--batch-size", "4",
+    planned = CliRunner().invoke(lga_plan, [
+        "model.py", "--gpus", "2", "--cluster", "cpu", "--batch-size", "4",
         "--pipeline-ranks", "2", "--micro-batches", "2", "--schedule", "layered",
         "--time-limit", "5", "--output", "a.yaml",
-    )  # fmt: skip
-    assert planned.returncode == 0, planned.stderr
+    ])  # fmt: skip
+    assert planned.exit_code == 0, planned.output
     found = command(tmp_path, "lga-run", "a.yaml", "model.py", "--steps=2", "--compile=aot_eager")
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("not compiled: ") == 1

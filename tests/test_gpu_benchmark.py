@@ -72,6 +72,7 @@ def test_the_share_of_copies_beside_compute() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_the_whole_script(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     words = ["--device", "cpu", "--small", "--rounds", "1", "--steps", "1", "--json", str(path)]

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from commands import command
 from half import HALF, options_of
 from planned import Chain, model_of, plan_of
 from stepping import batches, on_every_rank
 from test_memory_run import measured, uncounted_bytes, without_batch
 from torch import Tensor, nn
-from training import EXAMPLES, even_plan
+from training import EXAMPLES, even_plan, example, train_by_plan
 
+from planner.cli.plan import main as lga_plan
 from planner.errors import DeadlineError, UsageError
 from planner.model_file import ModelFile
-from planner.plan.file import write_plan
 from planner.plan.types import Plan, PlanOptions
 from planner.simulate.memory import worst_moments
 from runtime.build import make_executor
@@ -391,23 +392,22 @@ def test_neither_moments_nor_shards_stay_on_the_device() -> None:
     assert on_every_rank(made, MODEL, run)[0] <= pools + 64
 
 
-def test_planned_and_run_by_commands(tmp_path: Path) -> None:
+def test_planned_and_run_by_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of both ways are the same to the last bit, with files and without."""
     device = even_plan("mlp", stages_per_rank=2, num_micro_batches=2, offload_state=True)
-    write_plan(device, tmp_path / "device.yaml")
+    wanted = train_by_plan(example("mlp")[0], device, num_steps=3).state
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "here.yaml").write_text(CLUSTER, encoding="utf-8")
-    made = command(
-        tmp_path, "lga-plan", MLP, "--gpus", "1", "--cluster", "here.yaml", "--time-limit", "2",
+    made = CliRunner().invoke(lga_plan, [
+        MLP, "--gpus", "1", "--cluster", "here.yaml", "--time-limit", "2",
         "--global-batch", "4", "--micro-batches", "2", "--stages-per-rank", "2",
         "--update-on", "host", "--output", "host.yaml",
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    states = []
-    for place, more in (("device", ()), ("host", ()), ("host", ("--offload-folder", "there"))):
+    ])  # fmt: skip
+    assert made.exit_code == 0, made.output
+    for more in ((), ("--offload-folder", "there")):
         words = ("--steps", "3", "--save", "it.pt", *more)
-        found = command(tmp_path, "lga-run", f"{place}.yaml", MLP, *words)
+        found = command(tmp_path, "lga-run", "host.yaml", MLP, *words)
         assert found.returncode == 0, found.stderr
-        states.append(torch.load(tmp_path / "it.pt", weights_only=True))
-    for state in states[1:]:
-        assert state.keys() == states[0].keys()
-        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+        state = torch.load(tmp_path / "it.pt", weights_only=True)
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in state.items())

@@ -57,6 +57,7 @@ def joined(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_that_have_joined_train_the_same_bits(tmp_path: Path) -> None:
     write_plan(small_plan(num_pipeline_ranks=2), tmp_path / "a.plan.yaml")
     losses = {}

@@ -155,7 +155,7 @@ def test_a_sound_run_ends_well(plan_path: str, tmp_path: Path) -> None:
     ("failure", "last_words"),
     [
         ("kill", f"error: {CULPRIT} was ended by SIGKILL\n  try: "),
-        ("stop", f"error: {CULPRIT} on host "),
+        pytest.param("stop", f"error: {CULPRIT} on host ", marks=pytest.mark.slow),
         pytest.param(
             "exit",
             f"error: {CULPRIT} failed: the model or data called sys.exit(3)\n  ",

@@ -50,7 +50,11 @@ def plan(folder: Path, model: str, *options: str, num_hosts: int = 1) -> Path:
             "--gpus 4 --pipeline-ranks 2 --replicas 2 --partition 1 --clip-norm 1 --check-finite",
         ),
         ("mlp", "--gpus 1 --stages-per-rank 1 --micro-batches 1"),
-        ("mlp", "--gpus 2 --pipeline-ranks 2 --precision bfloat16 --keep-float32 *.bias"),
+        pytest.param(
+            "mlp",
+            "--gpus 2 --pipeline-ranks 2 --precision bfloat16 --keep-float32 *.bias",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "gpt",
             "--gpus 4 --pipeline-ranks 2 --partition 2 --precision float16 --clip-norm 1",
@@ -86,7 +90,9 @@ def test_plan_verify_train_save(name: str, options: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "layout",
     [
-        {"schedule": Schedule.ZERO_BUBBLE, "offload_state": True},
+        pytest.param(
+            {"schedule": Schedule.ZERO_BUBBLE, "offload_state": True}, marks=pytest.mark.slow
+        ),
         {"stages_per_rank": 2, "num_replicas": 2, "partition": 3, "offload_inputs": True},
         pytest.param(
             {"stages_per_rank": 2, "num_replicas": 2, "partition": 2, "offload_state": True},
@@ -113,7 +119,7 @@ def test_every_instruction_over_gloo_is_what_it_is_between_threads(
     assert all(torch.equal(trained[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("partition", [2, 3])
+@pytest.mark.parametrize("partition", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_state_divided_inside_hosts_trains(partition: int, tmp_path: Path) -> None:
     """Four processes on two hosts; what they leave goes on where nothing is divided."""
     model = str(EXAMPLES / "mlp.py")

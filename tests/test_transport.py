@@ -162,7 +162,14 @@ def test_every_call_between_threads(plan: Plan) -> None:
     assert_equal(found, [expected_every_call(plan, rank) for rank in range(plan.world_size)])
 
 
-@pytest.mark.parametrize("plan", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(plan, marks=[pytest.mark.slow] if plan in LAYOUTS[1:4] else [])
+        for plan in LAYOUTS
+    ],
+    ids=name_of,
+)
 def test_every_call_between_processes(plan: Plan, tmp_path: Path) -> None:
     found = Job("every_call", plan, tmp_path).results()
     assert_equal(found, [expected_every_call(plan, rank) for rank in range(plan.world_size)])

@@ -19,6 +19,7 @@ from versus_torch_ours import contests, prepared_for  # noqa: E402
 from versus_torch_ranks import Measured  # noqa: E402
 
 
+@pytest.mark.slow
 def test_every_contender_finds_the_gradients_of_one_process() -> None:
     sizes = Sizes(num_blocks=4, width=32, context=8, global_batch_size=8)
     prepared = prepared_for(sizes, chain_cluster(2), 2)
