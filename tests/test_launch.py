@@ -141,6 +141,7 @@ def test_options_override_the_plan() -> None:
     assert adjusted.options == replace(plan.options, seed=5, deadline_seconds=1.5)
 
 
+@pytest.mark.slow
 def test_a_sound_run_ends_well(plan_path: str, tmp_path: Path) -> None:
     saved = tmp_path / "trained.pt"
     process = lga_run(plan_path, "--steps=3", f"--save={saved}")

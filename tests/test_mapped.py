@@ -40,7 +40,8 @@ def num_mapped(folder: Path) -> int:
     return Path("/proc/self/maps").read_text(encoding="utf-8").count(f"{folder}/lga-")
 
 
-@pytest.mark.parametrize("num_replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_replicas", [1, 2])
 def test_a_run_with_files_is_the_same_to_the_last_bit(tmp_path: Path, num_replicas: int) -> None:
     write_plan(offloading(num_replicas), tmp_path / "it.plan.yaml")
     states = []

@@ -22,7 +22,9 @@ from planner.precision import Precision, parameter_state
 from planner.trace import trace
 
 
-@pytest.mark.parametrize("name", ["resnet", "transformer_encoder"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("resnet", marks=pytest.mark.slow), "transformer_encoder"]
+)
 def test_lines_give_what_is_counted(name: str) -> None:
     traced = trace(load_model_file(str(PATHS[name])))
     law = fit_law(traced)

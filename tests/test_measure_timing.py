@@ -32,11 +32,11 @@ def timed(model_file: ModelFile, micro_batch_size: int, num_repeats: int = 1) ->
     [
         (own.Mlp, own.vectors, own.square),
         (own.ConvNet, own.images, own.classes),
-        (own.UNet, own.vectors, own.square),
+        pytest.param(own.UNet, own.vectors, own.square, marks=pytest.mark.slow),
         (own.Tied, own.tokens, own.classes),
-        (own.ClassToken, own.vectors, own.square),
+        pytest.param(own.ClassToken, own.vectors, own.square, marks=pytest.mark.slow),
         (own.Frozen, own.vectors, own.square),
-        (own.StartsInPlace, own.vectors, own.square),
+        pytest.param(own.StartsInPlace, own.vectors, own.square, marks=pytest.mark.slow),
     ],
 )
 def test_odd_models_are_timed(build: Any, example_batch: Any, loss_fn: Any) -> None:
@@ -105,7 +105,7 @@ def test_layers_without_trained_parameters_have_no_update() -> None:
     ("build", "kept_bytes"),
     [
         (None, 2 * 4 * (8 * 8 + 8) + 2 * 4),
-        (lambda p: torch.optim.SGD(p, lr=0.1), 0),
+        pytest.param(lambda p: torch.optim.SGD(p, lr=0.1), 0, marks=pytest.mark.slow),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 4 * (8 * 8 + 8)),
         (lambda p: torch.optim.AdamW(p, amsgrad=True), 3 * 4 * (8 * 8 + 8) + 2 * 4),
         (torch.optim.Adafactor, 4 * (8 + 8) + 4 * 8 + 2 * 4),  # a row and a column; a bias whole

@@ -88,8 +88,8 @@ def assert_close(mine: Run, expected: Run, plan: Plan) -> None:
     )
 
 
-@pytest.mark.parametrize("stages_per_rank", [1, 2, 3])
-@pytest.mark.parametrize("num_pipeline_ranks", [1, 2, 4])
+@pytest.mark.parametrize("stages_per_rank", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("num_pipeline_ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_one_replica_is_bitwise(name: str, num_pipeline_ranks: int, stages_per_rank: int) -> None:
     for num_micro_batches in (1, 2, 5):
@@ -112,7 +112,7 @@ def test_one_replica_is_bitwise(name: str, num_pipeline_ranks: int, stages_per_r
 
 
 @pytest.mark.parametrize("partition", [0, 3])
-@pytest.mark.parametrize("num_pipeline_ranks", [1, 2])
+@pytest.mark.parametrize("num_pipeline_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", MODELS)
 def test_two_replicas_are_close(name: str, num_pipeline_ranks: int, partition: int) -> None:
     for stages_per_rank, num_micro_batches, recompute in (

@@ -44,7 +44,11 @@ def plan(folder: Path, model: str, *options: str, num_hosts: int = 1) -> Path:
     [
         ("gpt", "--gpus 2 --pipeline-ranks 2 --stages-per-rank 2 --micro-batches 3"),
         ("resnet", "--gpus 2 --replicas 2 --partition 3 --stages-per-rank 3 --recompute"),
-        ("unet", "--gpus 4 --pipeline-ranks 4 --stages-per-rank 2 --recompute"),
+        pytest.param(
+            "unet",
+            "--gpus 4 --pipeline-ranks 4 --stages-per-rank 2 --recompute",
+            marks=pytest.mark.slow,
+        ),
         (
             "mlp",
             "--gpus 4 --pipeline-ranks 2 --replicas 2 --partition 1 --clip-norm 1 --check-finite",
@@ -119,7 +123,8 @@ def test_every_instruction_over_gloo_is_what_it_is_between_threads(
     assert all(torch.equal(trained[key], value) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("partition", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", [2, 3])
 def test_state_divided_inside_hosts_trains(partition: int, tmp_path: Path) -> None:
     """Four processes on two hosts; what they leave goes on where nothing is divided."""
     model = str(EXAMPLES / "mlp.py")

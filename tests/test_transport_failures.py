@@ -16,8 +16,8 @@ CULPRIT = "rank 1 (pipeline rank 0, replica 1)"
     [
         ("killed", "died or stopped: last seen"),
         ("killed_in_collective", "died or stopped: last seen"),
-        ("stopped", "died or stopped: last seen"),
-        ("exited", "sys.exit(3)"),
+        pytest.param("stopped", "died or stopped: last seen", marks=pytest.mark.slow),
+        pytest.param("exited", "sys.exit(3)", marks=pytest.mark.slow),
         ("failed", "ValueError: the loss is a teapot"),
     ],
 )

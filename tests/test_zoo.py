@@ -35,7 +35,7 @@ def four_stages(name: str, *, recompute: bool) -> Plan:
     )
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", PATHS)
 def test_four_stages_train_as_the_eager_module_does(name: str, recompute: bool) -> None:
     plan = four_stages(name, recompute=recompute)
