@@ -138,17 +138,18 @@ class StageProgram:
             function = self._compiled(function, f"layer {statement.path!r}")
         arguments = tuple(template_of(a, self.device) for a in statement.arguments)
         keywords = {key: template_of(value, self.device) for key, value in statement.keywords}
-        evaluation_arguments, evaluation_keywords = _for_evaluation(function, arguments, keywords)
         reads = tuple(a.name for a in arguments if isinstance(a, Reference))
-        are_values = len(reads) == len(arguments) and not keywords
+        call = None
         if statement.function == "batch":
-            function, are_values = partial(function, *arguments), True
-        call = _Call(function, arguments, keywords, evaluation_arguments, evaluation_keywords)
+            function = partial(function, *arguments)
+        elif len(reads) < len(arguments) or keywords:
+            evaluation = _for_evaluation(function, arguments, keywords)
+            call = _Call(function, arguments, keywords, *evaluation)
         return _Line(
             target=statement.target,
             function=function,
             reads=reads,
-            call=None if are_values else call,
+            call=call,
             first_random_operator=(
                 statement.first_random_operator if statement.num_random_operators else None
             ),

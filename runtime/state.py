@@ -122,6 +122,20 @@ class RankState:
         """Parameters of this rank that CHECK_FINITE found a bad gradient of."""
         self.gradient_norm: Figure | None = None
 
+    def end(self) -> None:
+        """The step or the evaluation is over: its batch is let go."""
+        self.batch, self._samples = {}, {}
+
+    def samples(self, key: str, micro_batch: int) -> Tensor:
+        """A micro-batch's part of the batch."""
+        if key not in self._samples:
+            size, whole = self.plan.micro_batch_size, self.batch[key]
+            # Not split(): torch forbids the model to change what that gives, in words of its own.
+            self._samples[key] = tuple(
+                whole.narrow(0, first, size) for first in range(0, len(whole), size)
+            )
+        return self._samples[key][micro_batch]
+
     def started(self, instruction: Instruction) -> Iterable[Pending]:
         """What the instruction that has just run has started."""
         if instruction.opcode is Opcode.SEND and isinstance(self.sends, DeviceSends):
@@ -140,19 +154,6 @@ class RankState:
         """The accumulation buffer that the running instruction uses for a unit; else empty."""
         sums = self.program.sums.get(self.index, {})
         return next((name for name, unit in sums.items() if unit == state.unit.name), "")
-
-    def end(self) -> None:
-        """The step or the evaluation is over: its batch is let go."""
-        self.batch, self._samples = {}, {}
-
-    def samples(self, key: str, micro_batch: int) -> Tensor:
-        """A micro-batch's part of the batch."""
-        if key not in self._samples:
-            size, whole = self.plan.micro_batch_size, self.batch[key]
-            self._samples[key] = tuple(
-                whole.narrow(0, first, size) for first in range(0, len(whole), size)
-            )
-        return self._samples[key][micro_batch]
 
     def total(self, state: UnitState) -> Tensor:
         """The accumulated gradient of a unit, where the running instruction adds it up."""

@@ -84,9 +84,9 @@ def note_host_jobs(races: Races, device: Device, monkeypatch: pytest.MonkeyPatch
     submit, give_back, take = HostUpdates.submit, Rooms.give_back, Rooms.take
     told: dict[HostCopy, dict[Stream, int]] = {}
 
-    def noting(updates: HostUpdates, job: Callable[[], None], what: str) -> Pending:
+    def noting(thread: HostUpdates, job: Callable[[], None], what: str) -> Pending:
         noted = HostJob(job, device, races)
-        return Then(submit(updates, noted.run, what), noted.was_waited_for)
+        return Then(submit(thread, noted.run, what), noted.was_waited_for)
 
     def giving(rooms: Rooms, copies: Iterable[HostCopy]) -> None:
         given = list(copies)
